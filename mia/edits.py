@@ -1,0 +1,227 @@
+"""Edits: changes at a site, while the model runs. Pure numpy.
+
+An `Edit` says where (site, heads, dimensions), when (prompt tokens, generated
+tokens) and what (an operator and its value). The operators, for a row h of the
+site and a value v:
+
+| operator          | h becomes                                                       |
+|-------------------|-----------------------------------------------------------------|
+| `replace`         | v                                                               |
+| `add`             | h + c·v                                                         |
+| `scale`           | c·h                                                             |
+| `zero`            | 0                                                               |
+| `mean`            | the mean over v's rows (mean ablation)                          |
+| `blend`           | h(1 - w) + v·w                                                  |
+| `project_out`     | h - (h·v̂)v̂, v̂ = v/|v|                                          |
+| `project_out_add` | h - (h·v̂)v̂ + c·v: the projection becomes exactly c·v's          |
+| a function        | f(h), rows `(n, width)` in, the same shape out                  |
+
+Values are `(width,)` for all selected tokens alike, or `(n_selected, width)`,
+one row per selected prompt token in the order of `tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mia.errors import RangeError, UsageError
+from mia.sites import HEADED, Site
+
+Array = npt.NDArray[np.float32]
+Function = Callable[[Array], Array]
+#: which prompt tokens: None for all, an index, a slice, or a sequence of indices
+Tokens = int | slice | Sequence[int] | None
+
+
+def _replace(h: Array, v: Array, c: float) -> Array:
+    return np.broadcast_to(v, h.shape)
+
+
+def _add(h: Array, v: Array, c: float) -> Array:
+    return h + np.float32(c) * v
+
+
+def _blend(h: Array, v: Array, c: float) -> Array:
+    w = np.float32(c)
+    return h * (1 - w) + v * w
+
+
+def _project_out(h: Array, v: Array, c: float) -> Array:
+    unit = v / np.linalg.norm(v, axis=-1, keepdims=True)
+    return h - (h * unit).sum(-1, keepdims=True) * unit
+
+
+def _project_out_add(h: Array, v: Array, c: float) -> Array:
+    return _project_out(h, v, c) + np.float32(c) * v
+
+
+_WITH_VALUE: dict[str, Callable[[Array, Array, float], Array]] = {
+    "replace": _replace,
+    "add": _add,
+    "mean": _replace,
+    "blend": _blend,
+    "project_out": _project_out,
+    "project_out_add": _project_out_add,
+}
+_WITHOUT_VALUE: dict[str, Callable[[Array, float], Array]] = {
+    "scale": lambda h, c: h * np.float32(c),
+    "zero": lambda h, c: np.zeros_like(h),
+}
+OPERATORS = (*_WITH_VALUE, *_WITHOUT_VALUE)
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One change at one site.
+
+    Attributes:
+        site: where; a `Site` or any spelling of one (`"l_out-14"`).
+        op: an operator's name (see the module) or a function of rows `(n, width)`.
+        value: `(width,)` or `(n_selected, width)` float32; width is that of what is
+            selected: all of the site, or `len(heads) × head_dim`, or `len(dims)`.
+        tokens: which prompt tokens; negative indices count from the end.
+        generated: also while generating; by default only where `tokens` is None.
+        heads: at a site of heads, only these.
+        dims: only these dimensions of the row (of each head, where `heads` is given).
+        coeff: c or w of the operators.
+
+    Two edits are the same only if they are the same object; requests that share one
+    share the work up to where they differ.
+    """
+
+    site: Site | str
+    op: str | Function
+    value: Any = None
+    tokens: Tokens = None
+    generated: bool | None = None
+    heads: Sequence[int] | None = None
+    dims: Sequence[int] | None = None
+    coeff: float = 1.0
+    _value: Array | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.op, str):
+            if self.op not in OPERATORS:
+                raise UsageError(f"unknown operator {self.op!r}; known: {', '.join(OPERATORS)}")
+            if (self.op in _WITH_VALUE) != (self.value is not None):
+                raise UsageError(
+                    f"operator {self.op!r} {'needs a' if self.op in _WITH_VALUE else 'takes no'} value"
+                )
+        elif not callable(self.op):
+            raise UsageError(f"op is neither an operator's name nor a function: {self.op!r}")
+        if not np.isfinite(self.coeff):
+            raise UsageError(f"coefficient {self.coeff} is not a finite number")
+        if self.value is not None:
+            object.__setattr__(self, "_value", self._checked_value())
+
+    def _checked_value(self) -> Array:
+        v = np.asarray(self.value, np.float32)
+        if v.ndim == 0 or v.ndim > 2:
+            raise UsageError(f"an edit's value has 1 or 2 axes, not shape {v.shape}")
+        if not np.isfinite(v).all():
+            raise UsageError(f"the value of the edit at {self.site} has numbers that are not finite")
+        if self.op == "mean" and v.ndim == 2:
+            v = v.mean(0)
+        if self.op in ("project_out", "project_out_add") and not np.linalg.norm(v, axis=-1).all():
+            raise UsageError(f"the direction of the edit at {self.site} is zero")
+        return v
+
+    @property
+    def on_generated(self) -> bool:
+        return self.tokens is None if self.generated is None else self.generated
+
+    def positions(self, n_tokens: int) -> list[int]:
+        """Indices of the prompt tokens meant, in the order of `tokens`.
+
+        Raises `RangeError` naming the valid range.
+        """
+        return resolve_tokens(self.tokens, n_tokens)
+
+    def check(self, site: Site, shape: tuple[int, ...], n_tokens: int) -> None:
+        """Raises where heads, dims or the value do not fit rows of `shape` (width,) or
+        (n_head, head_dim), or the number of tokens."""
+        width = self._width(site, shape)
+        v = self._value
+        if v is None:
+            return
+        if v.shape[-1] != width:
+            raise UsageError(f"{site} has rows of {width} here, the edit's value has {v.shape[-1]}")
+        if v.ndim == 2 and v.shape[0] > 1:
+            if self.on_generated:
+                raise UsageError(f"an edit of generated tokens at {site} takes one row, not {v.shape[0]}")
+            n = len(self.positions(n_tokens))
+            if n != v.shape[0]:
+                raise UsageError(f"the edit at {site} selects {n} tokens but has {v.shape[0]} rows of value")
+
+    def _width(self, site: Site, shape: tuple[int, ...]) -> int:
+        if self.heads is None:
+            width = int(np.prod(shape))
+        else:
+            if site.name not in HEADED:
+                raise UsageError(f"site {site} has no heads; heads are at {', '.join(HEADED)}")
+            for head in self.heads:
+                if not 0 <= head < shape[0]:
+                    raise RangeError(f"head {head} is out of range; {site} has 0 to {shape[0] - 1}")
+            width = shape[-1] * (len(self.heads) if self.dims is None else 1)
+        if self.dims is None:
+            return width
+        for d in self.dims:
+            if not 0 <= d < width:
+                raise RangeError(f"dimension {d} is out of range; {site} has 0 to {width - 1} here")
+        return len(self.dims) * (len(self.heads) if self.heads is not None else 1)
+
+    def apply(self, rows: Array, which: npt.NDArray[np.intp], picks: npt.NDArray[np.intp]) -> None:
+        """Changes `rows[which]` in place.
+
+        Args:
+            rows: `(n_rows, width)` or, where `heads` is set, `(n_rows, n_head, head_dim)`.
+            which: rows of the batch.
+            picks: for each of them, its place among the selected tokens (its row of the value).
+        """
+        index: tuple[Any, ...] = (which,)
+        if self.heads is not None:
+            heads = np.asarray(self.heads, np.intp)
+            if self.dims is None:
+                index = (which[:, None], heads)
+            else:
+                index = (which[:, None, None], heads[:, None], np.asarray(self.dims, np.intp))
+        elif self.dims is not None:
+            index = (which[:, None], np.asarray(self.dims, np.intp))
+        old = rows[index]
+        h = old.reshape(len(which), -1)
+        rows[index] = self._result(h, picks).reshape(old.shape)
+
+    def _result(self, h: Array, picks: npt.NDArray[np.intp]) -> Array:
+        if not isinstance(self.op, str):
+            out = np.asarray(self.op(h.copy()), np.float32)
+            if out.shape != h.shape:
+                raise UsageError(f"the function at {self.site} made {out.shape} of rows {h.shape}")
+            return out
+        if self.op in _WITHOUT_VALUE:
+            return _WITHOUT_VALUE[self.op](h, self.coeff)
+        v = self._value
+        assert v is not None
+        if v.ndim == 2:
+            v = v[picks] if v.shape[0] > 1 else v[0]
+        return _WITH_VALUE[self.op](h, v, self.coeff)
+
+
+def resolve_tokens(tokens: Tokens, n_tokens: int) -> list[int]:
+    """Token indices from None (all), an index, a slice or a sequence; negative ones count
+    from the end. Raises `RangeError`."""
+    if tokens is None:
+        return list(range(n_tokens))
+    if isinstance(tokens, slice):
+        return list(range(n_tokens))[tokens]
+    wanted = [tokens] if isinstance(tokens, (int, np.integer)) else list(tokens)
+    for t in wanted:
+        if not -n_tokens <= t < n_tokens:
+            raise RangeError(
+                f"token index {t} is out of range; the prompt has {n_tokens} tokens, 0 to {n_tokens - 1}"
+            )
+    return [int(t) % n_tokens for t in wanted]

@@ -1,0 +1,553 @@
+"""Runs planned segments on a context: batches, sequences, edits, captures, generation.
+
+One decode is one micro-batch of rows from any number of sequences. For each decode
+the rows' edits and captures are gathered by graph node, so that each node is visited
+once, and an edit that many rows share is one numpy operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mia._ggml import Context, Sampler, describe, rows_of
+from mia.edits import Edit
+from mia.errors import EngineError, SiteError
+from mia.graph import SiteNode, Topology
+from mia.plan import Buffer, Job, Row, Segment
+from mia.sites import Site
+
+Array = npt.NDArray[np.float32]
+Index = npt.NDArray[np.intp]
+
+#: sequences that llama.cpp can hold in one batch
+MAX_SEQ = 256
+#: bytes of logits that one decode may produce
+_LOGITS_BYTES = 32 << 20
+#: rows after which a batch of resumed segments ends at the next change of layer
+_RESUMED_ROWS = 64
+
+
+class Restart(Exception):
+    """A memory that cannot be cut back met a graph that was not known yet: run again."""
+
+
+@dataclass(slots=True)
+class Variant:
+    """A topology at the addresses where it was last seen."""
+
+    addrs: list[int]
+    topology: Topology
+
+
+class Session:
+    """A context together with what is known of its graphs."""
+
+    def __init__(self, context: Context):
+        self.context = context
+        self.variants: list[Variant] = []
+        if context.tracer is not None:
+            self._scout()
+
+    @property
+    def topology(self) -> Topology:
+        """The graph seen last."""
+        return self.variants[0].topology
+
+    def _scout(self) -> None:
+        """Shows the tracer the graph, by a decode of two tokens that computes nothing."""
+        two = np.zeros(2, np.int32)
+        self.context.decode(two, np.arange(2, dtype=np.int32), two.copy(), np.ones(2, np.int8))
+        self.context.clear()
+        self.learn()
+
+    def learn(self) -> None:
+        """Makes the graph that the tracer has just seen the first one to expect."""
+        assert self.context.tracer is not None
+        addrs = list(self.context.tracer.seen)
+        found = next((v for v in self.variants if v.addrs == addrs), None)
+        if found is None:
+            nodes = [describe(a) for a in addrs]
+            topology = next((v.topology for v in self.variants if v.topology.same_as(nodes)), None)
+            model = self.context.model
+            found = Variant(
+                addrs, topology or Topology(nodes, n_layer=model.n_layer, n_head=model.n_head)
+            )
+        self.variants = [found, *[v for v in self.variants if v is not found][:7]]
+
+    def site(self, site: Site) -> SiteNode:
+        """Raises `SiteError` naming the sites that this graph has."""
+        found = self.topology.sites.get(site)
+        if found is None:
+            have = ", ".join(sorted({s.name for s in self.topology.sites}))
+            raise SiteError(f"this model has no site {site}; it has {have} (see: mia sites)")
+        return found
+
+    def close(self) -> None:
+        self.context.close()
+
+
+class Runner:
+    """One call of `Model.run`."""
+
+    def __init__(
+        self,
+        session: Session,
+        edits: dict[int, tuple[Edit, Site]],
+        *,
+        sites: set[Site],
+        budget: int,
+        max_seq: int,
+        is_eog: Callable[[int], bool],
+        on_done: Callable[[Job], None],
+        make_sampler: Callable[[Job], Sampler],
+    ):
+        self.session, self.context = session, session.context
+        self.edits = edits
+        self.n_ubatch = self.context.params.n_ubatch
+        self.max_outputs = max(8, _LOGITS_BYTES // (4 * self.context.model.n_vocab))
+        self.budget, self.max_seq = budget, max_seq
+        self.is_eog, self.on_done, self.make_sampler = is_eog, on_done, make_sampler
+        self.free = list(range(max_seq - 1, -1, -1))
+        self.used = 0  # cells held or promised
+        self.generating: list[_Generation] = []
+        self.waiting: list[_Generation] = []  # have their first token, but no sequence yet
+        self.out_index: Index = np.empty(0, np.intp)
+        self.track_cells = any(site.name == "attn_pattern" for site in sites)
+        nodes = session.topology.sites if session.variants else {}
+        self._ends = {s for s in sites if s in nodes and nodes[s].outputs_only}
+        self._buffer_ends: dict[int, bool] = {}
+
+    # -- the schedule ----------------------------------------------------------
+
+    def run(self, roots: list[Segment]) -> None:
+        """Runs all segments, depth first, so that few cells are held at a time."""
+        self.context.clear()
+        stack = [s for s in reversed(roots) if s.twin is None]
+        partial: list[Segment] = []  # decoded in part, first in line
+        while stack or partial or self.generating or self.waiting:
+            batch = self._fill(stack, partial)
+            self._admit_generations()
+            if batch:
+                self._run_batch(batch, stack, partial)
+            elif self.generating:
+                self._generate_step()
+            else:
+                raise EngineError(
+                    f"a request needs more than the {self.budget} cells of the context"
+                )
+
+    def _fill(self, stack: list[Segment], partial: list[Segment]) -> list[tuple[Segment, int, int]]:
+        """Takes segments for one decode: (segment, first row, end row)."""
+        batch: list[tuple[Segment, int, int]] = []
+        rows = outputs = 0
+        if stack and stack[-1].resume and not partial:
+            return self._fill_resumed(stack)
+        while rows < self.n_ubatch and outputs < self.max_outputs:
+            if partial:
+                seg = partial.pop()
+            elif stack and not stack[-1].resume and self._admit(stack[-1]):
+                seg = stack.pop()
+            else:
+                break
+            end, n_out = seg.done_rows, 0
+            while end < len(seg.rows) and rows < self.n_ubatch and outputs + n_out < self.max_outputs:
+                n_out += self._is_output(seg, end)
+                end, rows = end + 1, rows + 1
+            outputs += n_out
+            batch.append((seg, seg.done_rows, end))
+        return batch
+
+    def _fill_resumed(self, stack: list[Segment]) -> list[tuple[Segment, int, int]]:
+        """Resumed segments lie together on the stack, the lowest block on top."""
+        batch: list[tuple[Segment, int, int]] = []
+        rows = outputs = 0
+        while stack and stack[-1].resume:
+            seg = stack[-1]
+            n_out = sum(self._is_output(seg, i) for i in range(len(seg.rows)))
+            full = rows + len(seg.rows) > self.n_ubatch or outputs + n_out > self.max_outputs
+            layer_ends = rows >= _RESUMED_ROWS and seg.resume > batch[-1][0].resume
+            if batch and (full or layer_ends) or not self._admit(seg):
+                break
+            stack.pop()
+            rows, outputs = rows + len(seg.rows), outputs + n_out
+            batch.append((seg, 0, len(seg.rows)))
+        return batch
+
+    def _admit(self, seg: Segment) -> bool:
+        """Gives the segment a sequence with its parent's cells, if there is room."""
+        n_generating = sum(1 for j in seg.jobs if j.request.n_predict)
+        # a fork needs a sequence for itself and one for a child
+        forks = bool(seg.children) or n_generating > 1
+        if len(self.free) < 1 + forks or self.used + seg.need > self.budget:
+            return False
+        seg.seq = self.free.pop()
+        if seg.parent is not None:
+            self.context.seq_cp(seg.parent.seq, seg.seq, seg.start)
+        self.used += len(seg.rows) + seg.growth
+        return True
+
+    def _run_batch(
+        self, batch: list[tuple[Segment, int, int]], stack: list[Segment], partial: list[Segment]
+    ) -> None:
+        rows = [r for seg, a, b in batch for r in seg.rows[a:b]]
+        seqs = [seg.seq for seg, a, b in batch for _ in range(a, b)]
+        out = [self._is_output(seg, i) for seg, a, b in batch for i in range(a, b)]
+        self._decode(rows, seqs, out, batch)
+        self._collect_logits(rows, out)
+        at = 0
+        ready: list[Segment] = []
+        for seg, a, b in batch:
+            at += b - a
+            seg.done_rows = b
+            if b < len(seg.rows):
+                partial.append(seg)
+                continue
+            self._start_generation(seg, row=at - 1)
+            ready.extend(seg.waiting)
+            ready.extend(c for c in seg.children if c.twin is None)
+            if not seg.unfinished:
+                self._release(seg)
+        # on top: what is deepest; resumed segments in order of their first block
+        ready.sort(key=lambda s: -s.resume)
+        resumed = [s for s in ready if s.resume]
+        if resumed:
+            stack[:] = _merge_resumed(stack, resumed)
+        stack.extend(reversed([s for s in ready if not s.resume]))
+
+    def _release(self, seg: Segment) -> None:
+        """Gives back the sequence and cells of a finished segment, and of parents finished by it."""
+        node: Segment | None = seg
+        while node is not None:
+            if node.seq >= 0:
+                self.context.seq_rm(node.seq)
+                self.free.append(node.seq)
+            self.used -= len(node.rows) + node.growth
+            for job in node.jobs:
+                job.finish()
+                self.on_done(job)
+            node = node.parent
+            if node is not None:
+                node.unfinished -= 1
+                if node.unfinished:
+                    return
+
+    # -- generation --------------------------------------------------------------
+
+    def _start_generation(self, seg: Segment, row: int) -> None:
+        for job in seg.jobs:
+            if not job.request.n_predict:
+                continue
+            gen = _Generation(job, seg, self.make_sampler(job))
+            if gen.choose(self.context, int(self.out_index[row]), row, self.is_eog):
+                gen.close()
+                seg.unfinished -= 1
+            else:
+                self.waiting.append(gen)
+
+    def _admit_generations(self) -> None:
+        """Gives waiting generations a sequence and cells: those that their segment kept free,
+        else what there is. The last of a segment takes the segment's own sequence."""
+        still: list[_Generation] = []
+        for gen in self.waiting:
+            seg, growth = gen.segment, gen.job.request.n_predict - 1
+            last = seg.unfinished == 1
+            if seg.growth_free:
+                growth = 0
+            if (self.free or last) and self.used + growth <= self.budget:
+                if growth == 0:
+                    seg.growth_free, gen.holds_growth = False, True
+                self.used += growth
+                gen.promised = growth
+                if last:
+                    gen.seq, seg.seq = seg.seq, -1
+                else:
+                    gen.seq = self.free.pop()
+                    self.context.seq_cp(seg.seq, gen.seq, len(gen.job.tokens))
+                self.generating.append(gen)
+            else:
+                still.append(gen)
+        self.waiting = still
+
+    def _generate_step(self) -> None:
+        now = self.generating[: min(self.n_ubatch, self.max_outputs)]
+        rows = [g.next_row() for g in now]
+        self._decode(rows, [g.seq for g in now], [True] * len(now), [])
+        for i, g in enumerate(now):
+            if g.choose(self.context, i, i, self.is_eog):
+                self._end_generation(g)
+
+    def _end_generation(self, g: _Generation) -> None:
+        self.generating.remove(g)
+        self.context.seq_rm(g.seq)
+        self.free.append(g.seq)
+        self.used -= g.promised
+        g.close()
+        seg = g.segment
+        seg.growth_free = seg.growth_free or g.holds_growth
+        seg.unfinished -= 1
+        if not seg.unfinished:
+            self._release(seg)
+
+    def close(self) -> None:
+        for g in [*self.generating, *self.waiting]:
+            g.close()
+
+    # -- one decode ----------------------------------------------------------------
+
+    def _is_output(self, seg: Segment, i: int) -> bool:
+        """Whether a row must be an output: for its logits, or for a site that only outputs have."""
+        row = seg.rows[i]
+        if row.logits or (i == len(seg.rows) - 1 and any(j.request.n_predict for j in seg.jobs)):
+            return True
+        if not self._ends:
+            return False
+        if any(self.edits[edit_id][1] in self._ends for _, edit_id, _ in row.edits):
+            return True
+        return any(self._at_end(buffer) for buffer, _ in row.captures)
+
+    def _at_end(self, buffer: Buffer) -> bool:
+        found = self._buffer_ends.get(id(buffer))
+        if found is None:
+            found = self._buffer_ends[id(buffer)] = not self._ends.isdisjoint(buffer.sites)
+        return found
+
+    def _decode(
+        self,
+        rows: Sequence[Row],
+        seqs: Sequence[int],
+        out: Sequence[bool],
+        batch: Sequence[tuple[Segment, int, int]],
+    ) -> None:
+        tokens = np.fromiter((r.token for r in rows), np.int32, len(rows))
+        positions = np.fromiter((r.pos for r in rows), np.int32, len(rows))
+        seq_ids = np.asarray(seqs, np.int32)
+        outputs = np.asarray(out, np.int8)
+        self.out_index = np.cumsum(outputs) - 1
+        resume = min((seg.resume for seg, _, _ in batch), default=0)
+        first = dict(zip(reversed(seqs), reversed(positions.tolist()), strict=True))
+        for _ in range(4):
+            if self.context.tracer is not None:
+                self._expect(rows, resume, batch)
+            if self.context.decode(tokens, positions, seq_ids, outputs):
+                return
+            self.session.learn()
+            for seq, pos in first.items():
+                if not self.context.seq_rm(seq, pos):
+                    raise Restart
+        raise EngineError("llama.cpp builds another graph each time; mia cannot follow it")
+
+    def _expect(
+        self, rows: Sequence[Row], resume: int, batch: Sequence[tuple[Segment, int, int]]
+    ) -> None:
+        """Tells the tracer what is wanted of the coming decode, and which nodes need not run."""
+        assert self.context.tracer is not None
+        visits = _Visits(self, rows)
+        if resume:
+            visits.resume(resume, batch)
+        visits.gather()
+        variant = self.session.variants[0]
+        wants = [False] * len(variant.addrs)
+        for i in visits.actions:
+            wants[i] = True
+        skip = variant.topology.skippable_below(resume) if resume else []
+        generates = not batch or any(j.request.n_predict for seg, _, _ in batch for j in seg.jobs)
+        if not generates and not any(r.logits for r in rows):
+            tail = variant.topology.skippable_tail
+            if visits.actions.keys().isdisjoint(tail):
+                skip = [*skip, *tail]
+        self.context.tracer.expect(variant.addrs, wants, skip, visits.visit)
+
+    def _collect_logits(self, rows: Sequence[Row], out: Sequence[bool]) -> None:
+        if not any(r.logits for r in rows):
+            return
+        logits = self.context.logits()
+        for b, row in enumerate(rows):
+            for job, i in row.logits:
+                line = logits[self.out_index[b]]
+                if job.logit_rows is None:
+                    job.logit_rows = np.empty((len(job.logit_positions), logits.shape[1]), np.float32)
+                job.logit_rows[i] = line
+                job.logits_left -= 1
+                if job.logits_left == 0:
+                    if job.request.metric is None:
+                        job.result.logits = job.logit_rows
+                    else:
+                        job.result.value = job.request.metric(job.logit_rows)
+                    job.logit_rows = None
+
+
+def _merge_resumed(stack: list[Segment], resumed: list[Segment]) -> list[Segment]:
+    """Resumed segments of several twins, sorted together on top of the stack."""
+    n = len(stack)
+    while n and stack[n - 1].resume:
+        n -= 1
+    return stack[:n] + sorted(stack[n:] + resumed, key=lambda s: -s.resume)
+
+
+class _Generation:
+    """A sequence that is being continued."""
+
+    def __init__(self, job: Job, segment: Segment, sampler: Sampler):
+        self.job, self.segment, self.sampler = job, segment, sampler
+        self.seq = -1
+        self.promised = 0  # cells taken beyond those that the segment kept
+        self.holds_growth = False
+        self.row: Row = segment.rows[-1]
+        for token in job.tokens[-64:]:
+            sampler.accept(token)
+
+    def choose(self, context: Context, output: int, batch_row: int, is_eog: Callable[[int], bool]) -> bool:
+        """Picks the next token from the logits; True where it is the last."""
+        logits = context.logits()[output]
+        if self.job.request.sampling.plain:
+            token = int(logits.argmax())
+        else:
+            token = self.sampler.sample(context, batch_row)
+        result = self.job.result
+        top = logits.max()
+        result.logprobs.append(float(logits[token] - top - np.log(np.exp(logits - top).sum(dtype=np.float64))))
+        result.tokens.append(token)
+        ended = self.job.request.stop_at_eog and is_eog(token)
+        return ended or len(result.tokens) >= self.job.request.n_predict
+
+    def next_row(self) -> Row:
+        job = self.job
+        row = Row(job.result.tokens[-1], self.row.pos + 1, job.on_generated, self.row)
+        for buffer, at, capture in job.buffers:
+            if capture.generated:
+                row.captures.append((buffer, len(at) + len(job.result.tokens) - 1))
+        self.row = row
+        return row
+
+    def close(self) -> None:
+        self.sampler.close()
+
+
+class _Visits:
+    """What to do at which node in one decode."""
+
+    def __init__(self, runner: Runner, rows: Sequence[Row]):
+        self.runner, self.rows = runner, rows
+        self.actions: dict[int, list[Callable[[int], None]]] = {}
+
+    def visit(self, index: int, addr: int) -> None:
+        for action in self.actions[index]:
+            action(addr)
+
+    def _on(self, index: int, action: Callable[[int], None]) -> None:
+        self.actions.setdefault(index, []).append(action)
+
+    def resume(self, layer: int, batch: Sequence[tuple[Segment, int, int]]) -> None:
+        """Writes what the twins had at the end of block layer-1, in place of computing it."""
+        site = Site("resid_post", layer - 1)
+        parts = [_twin_rows(seg, site)[a:b] for seg, a, b in batch]
+        values = np.concatenate(parts)  # (n_rows, n_embd)
+
+        def write(addr: int) -> None:
+            with rows_of(addr, write=True) as a:
+                a[0, 0] = values
+
+        self._on(self.runner.session.site(site).index, write)
+
+    def gather(self) -> None:
+        edits: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+        captures: dict[int, tuple[Buffer, list[int], list[int]]] = {}
+        for b, row in enumerate(self.rows):
+            for rank, edit_id, pick in row.edits:
+                which, picks = edits.setdefault((rank, edit_id), ([], []))
+                which.append(b)
+                picks.append(pick)
+            for buffer, i in row.captures:
+                _, which, dests = captures.setdefault(id(buffer), (buffer, [], []))
+                which.append(b)
+                dests.append(i)
+        if self.runner.track_cells:
+            self._track_cells()
+        for (_, edit_id), (which, picks) in sorted(edits.items(), key=lambda item: item[0][0]):
+            edit, site = self.runner.edits[edit_id]
+            self._add_edit(edit, site, np.asarray(which), np.asarray(picks))
+        for buffer, which, dests in captures.values():
+            for site in buffer.sites:
+                self._add_capture(buffer, site, np.asarray(which), np.asarray(dests))
+
+    def _add_edit(self, edit: Edit, site: Site, which: Index, picks: Index) -> None:
+        at = self.runner.session.site(site)
+        which_out = self.runner.out_index[which] if at.outputs_only else which
+
+        def act(addr: int) -> None:
+            with rows_of(addr, write=True) as a:
+                if at.layout == "pattern":
+                    for b, line in self._pattern(site, a[0], which):
+                        edit.apply(line, np.zeros(1, np.intp), np.zeros(1, np.intp))
+                        self._put_pattern(site, a[0], b, line[0])
+                else:
+                    edit.apply(_shaped(a, at, edit.heads is not None), which_out, picks)
+
+        self._on(at.index, act)
+
+    def _add_capture(self, buffer: Buffer, site: Site, which: Index, dests: Index) -> None:
+        at = self.runner.session.site(site)
+        which_out = self.runner.out_index[which] if at.outputs_only else which
+
+        def act(addr: int) -> None:
+            with rows_of(addr, write=False) as a:
+                if at.layout == "pattern":
+                    dest = buffer.array(site, (a.shape[1], buffer.n_keys))
+                    for (_, line), d in zip(self._pattern(site, a[0], which), dests, strict=True):
+                        dest[d, :, : line.shape[-1]] = line[0]
+                else:
+                    rows = _shaped(a, at, False)
+                    buffer.array(site, rows.shape[1:])[dests] = rows[which_out]
+
+        self._on(at.index, act)
+
+    # -- attention patterns: cells of the cache <-> positions of a sequence ---------
+
+    def _track_cells(self) -> None:
+        groups: dict[int, int] = {}
+        for index, cells in self.runner.session.topology.cell_inputs.values():
+            if cells not in groups:
+                groups[cells] = len(groups)
+                self._on(index, self._note_cells(groups[cells]))
+        self._groups = {
+            layer: groups[cells] for layer, (_, cells) in self.runner.session.topology.cell_inputs.items()
+        }
+
+    def _note_cells(self, group: int) -> Callable[[int], None]:
+        def note(addr: int) -> None:
+            source = next(s for s in describe(addr).src if describe(s).type == "i64")
+            with rows_of(source, write=False) as cells:
+                for row, cell in zip(self.rows, cells.ravel().tolist(), strict=False):
+                    row.cells[group] = cell
+
+        return note
+
+    def _pattern(self, site: Site, a: Array, which: Index) -> Iterator[tuple[int, Array]]:
+        """For each row its pattern by position: (1, n_head, n_keys), a copy."""
+        assert site.layer is not None
+        for b in which:
+            cells = self.rows[b].path_cells(self._groups[site.layer])
+            yield int(b), a[:, b][:, cells][None]
+
+    def _put_pattern(self, site: Site, a: Array, b: int, line: Array) -> None:
+        assert site.layer is not None
+        cells = self.rows[b].path_cells(self._groups[site.layer])
+        a[:, b, cells] = line
+
+
+def _shaped(a: npt.NDArray[np.float32], at: SiteNode, by_head: bool) -> Array:
+    """A node's array (4 axes) as (n_rows, width), or (n_rows, n_head, head_dim); never a copy."""
+    rows = a[0] if at.layout == "heads" else a[0, 0]
+    out = rows.reshape(rows.shape[0], *at.shape) if by_head else rows.reshape(rows.shape[0], -1)
+    if not np.may_share_memory(out, a):
+        raise EngineError("a site's tensor has an unexpected layout")
+    return out
+
+
+def _twin_rows(seg: Segment, site: Site) -> Array:
+    assert seg.twin is not None and seg.twin.saved is not None
+    return seg.twin.saved.arrays[site]

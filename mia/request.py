@@ -1,0 +1,141 @@
+"""What goes into `Model.run` and what comes out: requests and results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mia.edits import Edit, Tokens
+from mia.errors import SiteError, UsageError
+from mia.sites import Site
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """A read at one or several sites.
+
+    Attributes:
+        sites: any spelling, or several: `"l_out"`, `["q.3", "k.3"]`, `Site("logits")`.
+        tokens: which prompt tokens; None for all.
+        generated: also the generated tokens that the model was run on (all but the last).
+    """
+
+    sites: str | Site | Sequence[str | Site]
+    tokens: Tokens = None
+    generated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen; greedy by default. llama.cpp's own samplers.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k, top_p, min_p: off at 0, 1 and 0.
+        repeat_penalty, frequency_penalty, presence_penalty: over the last 64 tokens.
+        seed: the same seed gives the same text.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise UsageError(f"temperature {self.temperature} is negative")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p {self.top_p} is not in (0, 1]")
+        if not 0 <= self.min_p < 1:
+            raise UsageError(f"min-p {self.min_p} is not in [0, 1)")
+        if self.top_k < 0:
+            raise UsageError(f"top-k {self.top_k} is negative")
+        if not self.repeat_penalty > 0:
+            raise UsageError(f"repeat penalty {self.repeat_penalty} is not positive")
+
+    @property
+    def plain(self) -> bool:
+        """True for the largest logit and nothing else."""
+        return self.temperature == 0 and (
+            (self.repeat_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
+        )
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Request:
+    """One run of the model.
+
+    Attributes:
+        tokens: token ids of the prompt, at least one.
+        edits: changes, applied in this order where they meet.
+        captures: reads; they see what the edits at the same site left.
+        logits: prompt tokens whose logits are wanted: "last", "all", None for none, or
+            as `Edit.tokens`.
+        metric: called with `(n_positions, n_vocab)` logits, valid only during the call;
+            its result is `Result.value`, and the logits themselves are not kept.
+        n_predict: how many tokens to generate at most.
+        sampling: how to choose them.
+        stop_at_eog: stop where the model ends its turn.
+    """
+
+    tokens: Sequence[int]
+    edits: Sequence[Edit] = ()
+    captures: Sequence[Capture] = ()
+    logits: Tokens | str = "last"
+    metric: Callable[[Array], Any] | None = None
+    n_predict: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_at_eog: bool = True
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens):
+            raise UsageError("the prompt is empty; give at least one token (--bos adds one)")
+        if self.n_predict < 0:
+            raise UsageError(f"n_predict {self.n_predict} is negative")
+        if isinstance(self.logits, str) and self.logits not in ("last", "all"):
+            raise UsageError(f'logits is {self.logits!r}; "last", "all", None or token indices are known')
+
+
+@dataclass(slots=True)
+class Result:
+    """What one request gave.
+
+    Attributes:
+        logits: `(n_positions, n_vocab)` float32 of the positions asked for, None if none
+            or if a metric took them.
+        value: what the metric returned.
+        captures: by site: `(n_tokens, width)` float32, heads flattened;
+            `(n_tokens, n_head, n_keys)` for `attn_pattern`, keys by position. In the
+            order of `Capture.tokens`, generated tokens after them.
+        tokens: generated token ids.
+        logprobs: natural log-probability of each generated token under the model's full
+            distribution (before temperature and cuts).
+    """
+
+    logits: Array | None = None
+    value: Any = None
+    captures: dict[Site, Array] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def __getitem__(self, site: str | Site) -> Array:
+        """The capture at a site. Raises `SiteError` naming what was captured."""
+        from mia.sites import parse
+
+        n_layer = 1 + max((s.layer or 0 for s in self.captures), default=0)
+        try:
+            return self.captures[parse(site, n_layer)]
+        except (KeyError, ValueError):
+            have = ", ".join(str(s) for s in self.captures) or "nothing"
+            raise SiteError(f"no capture of {site}; captured: {have}") from None
+

@@ -1,0 +1,247 @@
+"""Tiny random GGUF models of four architectures, for tests that must run in milliseconds.
+
+Every norm weight is random (around 1; less in gemma2's post-norms) and so is every bias, so that
+a missed one shows. Sizes and scales are chosen so that activations are O(1), logits are a few
+units wide, attention is far from uniform, and a float64 reading of the same file agrees with
+llama.cpp to 1e-4 at every site. That last wish is why the MLPs speak softly where the activation
+is GELU (they add a few hundredths, besides gpt2's bias): llama.cpp looks GELU up in a table of
+half floats, so that a difference of 1e-7 in its input can become one half-float step in its
+output (2^-11 of the value).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+N_CTX_TRAIN = 256
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2; 0 is BOS and EOS
+# Each is one token with a space in front, as is each of its prefixes (" th"); so is a plain "The".
+WORDS = """
+    the and of to in is cat dog sat on mat red blue sky yes no
+    The Paris France Rome Italy capital
+"""
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What sets one architecture's tiny model apart. Sizes that are None follow n_embd."""
+
+    n_head: int | None = None  # None: as many heads of head_dim as fill n_embd
+    n_head_kv: int | None = 2  # None: as many as n_head
+    head_dim: int = 8
+    qkv_bias: bool = False
+    post_norm: bool = False  # gemma2: norms after attention and MLP, capped scores and logits
+    classic: bool = False  # gpt2: LayerNorm, learned positions, fused QKV, plain MLP, biases
+    embd_scale: float = 0.5  # standard deviation of an entry of the token table
+    mlp_gain: float = 1.0  # how much larger than its input the output of an MLP matrix is
+    mlp_post_norm: float = 0.0  # centre of the weights of the norm after the MLP
+
+
+ARCHS = {
+    "llama": Arch(),
+    "qwen2": Arch(qkv_bias=True),
+    "gemma2": Arch(
+        n_head=4, head_dim=24, post_norm=True, embd_scale=0.3, mlp_gain=0.5, mlp_post_norm=0.02
+    ),
+    "gpt2": Arch(n_head_kv=None, classic=True, mlp_gain=0.12),
+}
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Every size of one tiny model."""
+
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_vocab: int
+
+
+def write_tiny(
+    path: Path | str,
+    arch: str,
+    *,
+    seed: int = 0,
+    n_layer: int = 3,
+    tied: bool = False,
+    window: int = 128,
+    add_bos: bool = True,
+    chat_template: str | None = None,
+    qtype: str = "F32",
+) -> Path:
+    """Write a tiny random model and return its path.
+
+    Args:
+        path: the file to write.
+        arch: "llama", "qwen2", "gemma2" or "gpt2".
+        seed: the same seed and arguments give the same bytes.
+        n_layer: number of blocks.
+        tied: leave out the output matrix, so that the token table unembeds too
+            (gemma2 is always tied: llama.cpp reads no output matrix for it).
+        window: positions a token sees in gemma2's even layers, itself included.
+        add_bos: whether the tokenizer puts token 0 in front of a text.
+        chat_template: a Jinja template to store, if any.
+        qtype: type of the matrices, a name of `gguf.GGMLQuantizationType` that gguf-py can
+            write ("F32", "F16", "Q8_0", "Q4_0", ...). Block types get wider models (n_embd
+            64, n_ff 96), because their rows must be multiples of 32.
+    """
+    path = Path(path)
+    kind = ARCHS[arch]
+    quant = gguf.GGMLQuantizationType[qtype]
+    tokens, merges = _vocabulary()
+    dims = _dims(kind, n_layer, len(tokens), wide=gguf.GGML_QUANT_SIZES[quant][0] > 1)
+
+    writer = gguf.GGUFWriter(path, arch)
+    _add_hyperparameters(writer, kind, dims, window)
+    _add_tokenizer(writer, tokens, merges, add_bos, chat_template)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if qtype == "F32" else f"MOSTLY_{qtype}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    rng = np.random.default_rng(seed)
+    for name, x in _tensors(kind, dims, tied=tied or kind.post_norm, rng=rng).items():
+        stored = quant if x.ndim == 2 and name != "position_embd.weight" else None
+        data = gguf.quants.quantize(x, stored) if stored else x
+        writer.add_tensor(name, data, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _dims(kind: Arch, n_layer: int, n_vocab: int, *, wide: bool) -> Dims:
+    n_embd, n_ff = (64, 96) if wide else (48, 80)
+    n_head = kind.n_head or n_embd // kind.head_dim
+    n_head_kv = kind.n_head_kv or n_head
+    return Dims(n_layer, n_embd, n_ff, n_head, n_head_kv, kind.head_dim, n_vocab)
+
+
+def _add_hyperparameters(w: gguf.GGUFWriter, kind: Arch, dims: Dims, window: int) -> None:
+    w.add_name("tiny")
+    w.add_context_length(N_CTX_TRAIN)
+    w.add_embedding_length(dims.n_embd)
+    w.add_block_count(dims.n_layer)
+    w.add_feed_forward_length(dims.n_ff)
+    w.add_head_count(dims.n_head)
+    w.add_vocab_size(dims.n_vocab)
+    if kind.classic:
+        w.add_layer_norm_eps(1e-5)
+        return
+    w.add_head_count_kv(dims.n_head_kv)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_rope_freq_base(10000.0)
+    w.add_rope_dimension_count(dims.head_dim)
+    if dims.head_dim * dims.n_head != dims.n_embd:
+        w.add_key_length(dims.head_dim)
+        w.add_value_length(dims.head_dim)
+    if kind.post_norm:
+        w.add_attn_logit_softcapping(3.0)
+        w.add_final_logit_softcapping(6.0)
+        w.add_sliding_window(window)
+
+
+def _add_tokenizer(
+    w: gguf.GGUFWriter,
+    tokens: list[str],
+    merges: list[str],
+    add_bos: bool,
+    chat_template: str | None,
+) -> None:
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("gpt-2")
+    w.add_token_list(tokens)
+    w.add_token_types([control if token in SPECIALS else normal for token in tokens])
+    w.add_token_merges(merges)
+    w.add_bos_token_id(0)
+    w.add_eos_token_id(0)
+    w.add_eot_token_id(2)  # or llama.cpp picks one of two candidates in hash order
+    w.add_add_bos_token(add_bos)
+    if chat_template is not None:
+        w.add_chat_template(chat_template)
+
+
+def _tensors(
+    kind: Arch, dims: Dims, *, tied: bool, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Return every tensor of the file by name; matrices are (n_out, n_in)."""
+    draw = _Draw(rng, classic=kind.classic)
+    embd, ff = dims.n_embd, dims.n_ff
+    q, kv = dims.n_head * dims.head_dim, dims.n_head_kv * dims.head_dim
+    draw.normal("token_embd.weight", dims.n_vocab, embd, scale=kind.embd_scale)
+    if kind.classic:
+        draw.normal("position_embd.weight", N_CTX_TRAIN, embd, scale=kind.embd_scale)
+    for i in range(dims.n_layer):
+        blk = f"blk.{i}"
+        draw.norm(f"{blk}.attn_norm", embd)
+        if kind.classic:
+            draw.linear(f"{blk}.attn_qkv", q + 2 * kv, embd, gain=1.4, bias=True)
+        else:
+            draw.linear(f"{blk}.attn_q", q, embd, gain=1.6, bias=kind.qkv_bias)
+            draw.linear(f"{blk}.attn_k", kv, embd, gain=1.6, bias=kind.qkv_bias)
+            draw.linear(f"{blk}.attn_v", kv, embd, bias=kind.qkv_bias)
+        draw.linear(f"{blk}.attn_output", embd, q, bias=kind.classic)
+        draw.norm(f"{blk}.ffn_norm", embd)
+        if not kind.classic:
+            draw.linear(f"{blk}.ffn_gate", ff, embd, gain=kind.mlp_gain)
+        draw.linear(f"{blk}.ffn_up", ff, embd, gain=kind.mlp_gain, bias=kind.classic)
+        draw.linear(f"{blk}.ffn_down", embd, ff, gain=kind.mlp_gain, bias=kind.classic)
+        if kind.post_norm:
+            draw.norm(f"{blk}.post_attention_norm", embd, centre=0.5)
+            draw.norm(f"{blk}.post_ffw_norm", embd, centre=kind.mlp_post_norm)
+    draw.norm("output_norm", embd)
+    if not tied:
+        draw.linear("output", dims.n_vocab, embd, gain=3.0)
+    return draw.tensors
+
+
+class _Draw:
+    """Random float32 tensors by name, drawn in the order asked for."""
+
+    def __init__(self, rng: np.random.Generator, *, classic: bool) -> None:
+        self.rng = rng
+        self.classic = classic  # norms have biases too
+        self.tensors: dict[str, np.ndarray] = {}
+
+    def normal(self, name: str, *shape: int, scale: float, centre: float = 0.0) -> None:
+        x = centre + scale * self.rng.standard_normal(shape)  # shape
+        self.tensors[name] = x.astype(np.float32)
+
+    def norm(self, name: str, n: int, *, centre: float = 1.0) -> None:
+        self.normal(f"{name}.weight", n, scale=0.2 * centre, centre=centre)
+        if self.classic:
+            self.normal(f"{name}.bias", n, scale=0.2)
+
+    def linear(
+        self, name: str, n_out: int, n_in: int, *, gain: float = 1.0, bias: bool = False
+    ) -> None:
+        self.normal(f"{name}.weight", n_out, n_in, scale=gain / n_in**0.5)
+        if bias:
+            self.normal(f"{name}.bias", n_out, scale=0.2)
+
+
+def _vocabulary() -> tuple[list[str], list[str]]:
+    """Return (tokens, merges): special tokens, the 256 bytes, and WORDS grown by letters."""
+    letters = _byte_letters()
+    tokens = [*SPECIALS, *letters]
+    merges: list[str] = []
+    for word in [*(f" {word}" for word in WORDS.split()), "The"]:
+        chars = [letters[byte] for byte in word.encode()]
+        for end in range(2, len(chars) + 1):
+            left, right = "".join(chars[: end - 1]), chars[end - 1]
+            if left + right not in tokens:
+                tokens.append(left + right)
+                merges.append(f"{left} {right}")
+    return tokens, merges
+
+
+def _byte_letters() -> list[str]:
+    """Return GPT-2's printable letter for each of the 256 bytes (a space is `Ġ`)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)}
+    printable |= set(range(ord("®"), ord("ÿ") + 1))
+    spare = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
