@@ -73,6 +73,10 @@ class _InitParams(C.Structure):
     _fields_ = (("mem_size", C.c_size_t), ("mem_buffer", C.c_void_p), ("no_alloc", C.c_bool))
 
 
+class _GgufParams(C.Structure):
+    _fields_ = (("no_alloc", C.c_bool), ("ctx", C.c_void_p))
+
+
 _TO_FLOAT = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p, C.c_int64)
 
 
@@ -112,7 +116,8 @@ class _Library:
     def __init__(self) -> None:
         try:
             import llama_cpp
-            from llama_cpp import _ctypes_extensions, llama_cpp as L
+            from llama_cpp import _ctypes_extensions
+            from llama_cpp import llama_cpp as L
         except (ImportError, OSError, RuntimeError) as err:
             raise EngineError(f"llama-cpp-python cannot be loaded: {err}") from err
         self.version: str = llama_cpp.__version__
@@ -158,6 +163,14 @@ class _Library:
         fn("ggml_mul_mat", p, p, p, p)
         fn("ggml_set_name", p, p, C.c_char_p)
         fn("ggml_view_1d", p, p, p, C.c_int64, size)
+        fn("gguf_init_from_file", p, C.c_char_p, _GgufParams)
+        fn("gguf_free", None, p)
+        fn("gguf_get_data_offset", size, p)
+        fn("gguf_get_n_tensors", C.c_int64, p)
+        fn("gguf_get_tensor_name", C.c_char_p, p, C.c_int64)
+        fn("gguf_get_tensor_offset", size, p, C.c_int64)
+        fn("gguf_get_tensor_type", C.c_int, p, C.c_int64)
+        fn("gguf_get_tensor_ne", C.POINTER(C.c_int64), p, C.c_int64)
 
     def _check_layout(self) -> None:
         """Builds three tensors of known shape and reads every field back."""
@@ -308,27 +321,35 @@ def rows_of(addr: int, *, write: bool) -> Iterator[npt.NDArray[Any]]:
         base.ggml_backend_tensor_set(addr, raw.ctypes.data, 0, raw.nbytes)
 
 
-def buffer_name(addr: int) -> str:
-    """Where a tensor lies ("CPU_Mapped", "CPU_REPACK", "CUDA0", …), "" where nowhere yet."""
-    t = _Tensor.from_address(addr)
-    if not t.buffer:
-        return ""
-    name: bytes = library().base.ggml_backend_buffer_name(t.buffer)
-    return name.decode()
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """A tensor of a GGUF file: where its bytes begin, ggml's type, `ne` innermost first."""
+
+    name: str
+    offset: int
+    type: int
+    ne: tuple[int, ...]
 
 
-def matrix_rows(addr: int, start: int, stop: int) -> Array:
-    """Rows `start:stop` of a weight matrix as float32, dequantized by ggml: (stop - start, ne[0])."""
-    t = _Tensor.from_address(addr)
-    base, n_in = library().base, int(t.ne[0])
-    row_bytes, n_bytes = int(t.nb[1]), int(t.nb[1]) * (stop - start)
-    if _is_host(t):
-        source = t.data + start * row_bytes
-    else:
-        raw = np.empty(n_bytes, np.uint8)
-        base.ggml_backend_tensor_get(addr, raw.ctypes.data, start * row_bytes, n_bytes)
-        source = raw.ctypes.data
-    return dequantize(source, t.type, stop - start, n_in)
+def file_tensors(path: Path) -> list[FileTensor]:
+    """The tensor table of a GGUF file. Raises `ModelError` where it cannot be read."""
+    base = library().base
+    ctx = base.gguf_init_from_file(str(path).encode(), _GgufParams(True, None))
+    if not ctx:
+        raise ModelError(f"{path} cannot be read as GGUF: {library().last_error()}")
+    try:
+        start = base.gguf_get_data_offset(ctx)
+        return [
+            FileTensor(
+                base.gguf_get_tensor_name(ctx, i).decode(),
+                start + base.gguf_get_tensor_offset(ctx, i),
+                base.gguf_get_tensor_type(ctx, i),
+                tuple(base.gguf_get_tensor_ne(ctx, i)[:4]),
+            )
+            for i in range(base.gguf_get_n_tensors(ctx))
+        ]
+    finally:
+        base.gguf_free(ctx)
 
 
 def dequantize(source: int, ggml_type: int, n_rows: int, n_in: int) -> Array:

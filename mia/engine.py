@@ -170,7 +170,7 @@ class Runner:
             n_out = sum(self._is_output(seg, i) for i in range(len(seg.rows)))
             full = rows + len(seg.rows) > self.n_ubatch or outputs + n_out > self.max_outputs
             layer_ends = rows >= _RESUMED_ROWS and seg.resume > batch[-1][0].resume
-            if batch and (full or layer_ends) or not self._admit(seg):
+            if (batch and (full or layer_ends)) or not self._admit(seg):
                 break
             stack.pop()
             rows, outputs = rows + len(seg.rows), outputs + n_out
@@ -326,7 +326,7 @@ class Runner:
         positions = np.fromiter((r.pos for r in rows), np.int32, len(rows))
         seq_ids = np.asarray(seqs, np.int32)
         outputs = np.asarray(out, np.int8)
-        self.out_index = np.cumsum(outputs) - 1
+        self.out_index = np.cumsum(outputs, dtype=np.intp) - 1
         resume = min((seg.resume for seg, _, _ in batch), default=0)
         first = dict(zip(reversed(seqs), reversed(positions.tolist()), strict=True))
         for _ in range(4):

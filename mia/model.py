@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,9 @@ from mia.request import Request, Result, Sampling
 from mia.sites import Site
 
 if TYPE_CHECKING:
+    from mia.graph import Topology
     from mia.lenses import LogitLens
+    from mia.weights import Weights
 
 Array = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -132,13 +134,9 @@ class Model:
     @cached_property
     def file_hash(self) -> str:
         """SHA-256 of the model file."""
-        with self.path.open("rb") as f:
-            if hasattr(hashlib, "file_digest"):
-                return hashlib.file_digest(f, "sha256").hexdigest()
-            digest = hashlib.sha256()
-            while block := f.read(1 << 20):
-                digest.update(block)
-            return digest.hexdigest()
+        from mia.files import file_sha256
+
+        return file_sha256(self.path)
 
     @cached_property
     def tokenizer_hash(self) -> str:
@@ -403,9 +401,21 @@ class Model:
         return found
 
     @property
-    def topology(self) -> Any:
-        """The graph with its sites (`mia.graph.Topology`), attention patterns included."""
+    def topology(self) -> Topology:
+        """The graph with its sites (`mia.graph.Topology`)."""
+        return self._session(True, self._wants_flash(set()), 1).topology
+
+    @property
+    def unfused_topology(self) -> Topology:
+        """The graph with flash attention off, which has the attention patterns too."""
         return self._session(True, False, 1).topology
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The file's tensors as float32."""
+        from mia.weights import Weights
+
+        return Weights(self.path)
 
     @cached_property
     def lens(self) -> LogitLens:

@@ -158,7 +158,9 @@ def first_block(site: Site, n_layer: int) -> int:
     return min(site.layer + after, n_layer - 1)
 
 
-def build(jobs: Iterable[Job], *, share: bool, resume: bool, n_layer: int, n_batch: int) -> list[Segment]:
+def build(
+    jobs: Iterable[Job], *, share: bool, resume: bool, n_layer: int, n_batch: int
+) -> list[Segment]:
     """The segments without a parent, in the order of the requests.
 
     Args:
@@ -254,7 +256,9 @@ def _walk(segments: Iterable[Segment]) -> list[Segment]:
     return out
 
 
-def _plan_resume(segments: list[Segment], first: dict[int, int], n_layer: int, n_batch: int) -> None:
+def _plan_resume(
+    segments: list[Segment], first: dict[int, int], n_layer: int, n_batch: int
+) -> None:
     groups: dict[tuple[int, tuple[int, ...]], list[Segment]] = {}
     for seg in _walk(segments):
         if seg.children or len(seg.rows) > n_batch:
@@ -310,7 +314,9 @@ def _make_twin(seg: Segment, segments: list[Segment]) -> Segment:
 def _set_need(top: Segment) -> None:
     for seg in reversed(_walk([top])):
         below = max((c.need for c in seg.children), default=0)
-        seg.growth = max((j.request.n_predict - 1 for j in seg.jobs if j.request.n_predict), default=0)
+        seg.growth = max(
+            (j.request.n_predict - 1 for j in seg.jobs if j.request.n_predict), default=0
+        )
         seg.need = len(seg.rows) + max(below, seg.growth)
         seg.unfinished = len(seg.children) + sum(1 for j in seg.jobs if j.request.n_predict)
 

@@ -415,8 +415,8 @@ def _fetch(repo: str, file: str, revision: str | None) -> Path:
     where: dict[str, Any] = {"revision": revision, "endpoint": endpoint}
     cached, cache = _cached(repo, file, revision), hub_cache()
     try:
-        # Asked by itself first: this does not retry, where hf_hub_download takes half a
-        # minute to give up on a hub that it cannot reach.
+        # Asked by itself first, which does not retry (huggingface_hub 0.34 to 0.36 do):
+        # hf_hub_download takes half a minute to give up on a hub that it cannot reach.
         known = get_hf_file_metadata(hf_hub_url(repo, file, **where), timeout=10)
         if known.commit_hash is None or known.etag is None:
             raise ModelError(f"{endpoint} does not answer like a hub: check HF_ENDPOINT")
@@ -426,7 +426,7 @@ def _fetch(repo: str, file: str, revision: str | None) -> Path:
     except ModelError:
         raise
     except Exception as error:  # its errors share no base, and differ between versions
-        problem, out_of_reach = _hub_problem(error, repo, file, endpoint)
+        problem, out_of_reach = _hub_problem(error, repo, file, where)
         if cached is not None and out_of_reach:
             return cached
         raise ModelError(problem) from error
@@ -442,19 +442,19 @@ def _check_space(folder: Path, needed: int) -> None:
         raise ModelError(f"{folder} has {free:,} bytes free, this file needs {needed:,}")
 
 
-def _hub_problem(error: Exception, repo: str, file: str, endpoint: str) -> tuple[str, bool]:
+def _hub_problem(error: Exception, repo: str, file: str, where: dict[str, Any]) -> tuple[str, bool]:
     """One line that says what went wrong, and whether the hub was only out of reach."""
     if type(error).__name__ == "LocalEntryNotFoundError" and isinstance(error.__cause__, Exception):
         error = error.__cause__  # "check your connection" hides what it was
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    wanted = f"{repo}/{file}"
+    wanted, endpoint = f"{repo}/{file}", where["endpoint"]
     response = getattr(error, "response", None)
     if response is not None:
         private = f"{endpoint} has no {repo}, or it is private: check the name, or set HF_TOKEN"
         status: int = response.status_code
         text = {
             "RepoNotFound": private,
-            "RevisionNotFound": f"{repo} at {endpoint} does not have this revision",
+            "RevisionNotFound": f"{repo} at {endpoint} has no revision {where['revision']}",
             "EntryNotFound": f"{repo} at {endpoint} has no file {file}",
             "GatedRepo": f"{repo} is gated: ask for access at {endpoint}/{repo}, set HF_TOKEN",
             401: private,

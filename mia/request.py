@@ -103,7 +103,9 @@ class Request:
         if self.n_predict < 0:
             raise UsageError(f"n_predict {self.n_predict} is negative")
         if isinstance(self.logits, str) and self.logits not in ("last", "all"):
-            raise UsageError(f'logits is {self.logits!r}; "last", "all", None or token indices are known')
+            raise UsageError(
+                f'logits is {self.logits!r}; "last", "all", None or token indices are known'
+            )
 
 
 @dataclass(slots=True)
@@ -138,4 +140,3 @@ class Result:
         except (KeyError, ValueError):
             have = ", ".join(str(s) for s in self.captures) or "nothing"
             raise SiteError(f"no capture of {site}; captured: {have}") from None
-

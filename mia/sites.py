@@ -127,7 +127,9 @@ def parse_layers(text: str, n_layer: int, shown: str | None = None) -> list[int]
             continue
         m = re.fullmatch(r"(-?\d+)(?:(?:\.\.|-|:)(-?\d+))?", part)
         if m is None:
-            raise RangeError(f"{shown!r}: {part!r} is not a layer, a range like 10..20 or a list like 3,7")
+            raise RangeError(
+                f"{shown!r}: {part!r} is not a layer, a range like 10..20 or a list like 3,7"
+            )
         first = _layer(int(m[1]), n_layer, shown)
         last = first if m[2] is None else _layer(int(m[2]), n_layer, shown)
         if last < first:

@@ -59,7 +59,7 @@ def gguf_bytes(tmp_path: Path, name: str = "made.gguf") -> bytes:
     writer.add_uint8("a.u8", 1)
     writer.add_bool("a.bool", True)
     writer.add_float64("a.f64", 1.0)
-    writer.add_string("a.long", "é" * 300)
+    writer.add_string("a.long", "é" * 310)  # so long that alignment 32 gives another place
     writer.add_token_list(["", "a", "é", "x" * 300])
     writer.add_token_scores([0.0, 1.0, 2.0, 3.0])
     writer.add_tensor("f32", np.ones((3, 5), np.float32))
@@ -296,9 +296,10 @@ def test_paths(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "no such file: org/repo (a repo of a hub needs an entry in models.toml, "
             "with repo and file)",
         ),
-        ("./", "the folder is a directory: give a .gguf file"),
+        ("./", ". is a directory: give a .gguf file"),
         ("folder", "folder is a directory: give a .gguf file"),
-        ("a\0.gguf", "a\0.gguf cannot be read: embedded null byte"),
+        ("/no/such/file", "no such file: /no/such/file"),
+        ("a\0.gguf", "a\0.gguf cannot be read: …"),
         (f"{'a' * 300}.gguf", f"{'a' * 300}.gguf cannot be read: File name too long"),
         ("~nobody-here/m.gguf", "~nobody-here/m.gguf: Could not determine home directory."),
         (
@@ -306,7 +307,7 @@ def test_paths(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "unknown model 'mistrel', did you mean mistral? "
             "(known: mistral, smollm2; or the path of a .gguf file)",
         ),
-        ("a" * 300, f"unknown model '{'a' * 300}' (known: mistral, smollm2; or the path"),
+        ("a" * 300, f"unknown model '{'a' * 300}' (known: mistral, …"),
         ("mistral", "mistral: no such file: {work}/gone.gguf ({work}/models.toml)"),
     ],
 )
@@ -316,8 +317,8 @@ def test_what_cannot_be_resolved(home: Path, name: str, message: str) -> None:
     write(home / "work/models.toml", '[mistral]\npath = "gone.gguf"')
     with pytest.raises(ModelError) as caught:
         resolve(name)
-    message = message.replace("{work}", str(home / "work")).replace("the folder", ".")
-    assert str(caught.value).startswith(message)
+    said, message = str(caught.value), message.replace("{work}", str(home / "work"))
+    assert said.startswith(message[:-1]) if message.endswith("…") else said == message
 
 
 def test_chat_template_is_a_text_or_a_file(home: Path) -> None:
@@ -343,7 +344,8 @@ def installed(folder: Path) -> Callable[[str], ModuleSpec | None]:
 def test_smollm2_is_the_file_inside_its_package(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = write(home / "site/SmolLM2.gguf", "")
+    for name in ("3", "1", "2"):
+        model = write(home / f"site/{name}.gguf", "").with_name("1.gguf")
     monkeypatch.setattr("importlib.util.find_spec", installed(home / "site"))
     expected = ModelSpec("smollm2", model, bos_token="<|endoftext|>", source="built in")
     assert resolve("smollm2") == expected
@@ -430,6 +432,7 @@ def test_every_way_to_cut_a_file_short_is_seen(tmp_path: Path) -> None:
 BAD_NAME = header(n_values=1, rest=bytes(4096))
 BAD_TYPE = header(n_values=1, rest=struct.pack("<Q1sI", 1, b"k", 13))
 BAD_DIMS = header(n_tensors=1, rest=struct.pack("<Q1sI", 1, b"t", 5))
+CUT_VALUE = header(n_values=1, rest=struct.pack("<Q1sIQ", 1, b"k", 8, 10) + b"12345")
 HUGE_NAME = header(n_values=1, rest=struct.pack("<QI", 1 << 63, 0))
 HUGE_ARRAY = header(n_values=1, rest=struct.pack("<Q1sIIQQ", 1, b"k", 9, 8, 1 << 40, 0))
 
@@ -448,6 +451,7 @@ HUGE_ARRAY = header(n_values=1, rest=struct.pack("<Q1sIIQQ", 1, b"k", 9, 8, 1 <<
         (BAD_NAME, "cannot be used: it is damaged, a name is empty"),
         (BAD_TYPE, "cannot be used: it is damaged, a value has the unknown type 13"),
         (BAD_DIMS, "cannot be used: it is damaged, a tensor has 5 dimensions"),
+        (CUT_VALUE, "is cut short: 50 bytes of the 55 that"),
         (HUGE_NAME, "is cut short: its header has no end"),
         (HUGE_ARRAY, "is cut short: its header has no end"),
         (None, "is a directory: give a .gguf file"),
@@ -462,9 +466,17 @@ def test_what_is_no_gguf_file(tmp_path: Path, data: bytes | None, message: str) 
 
 
 def test_versions_and_types_that_are_fine(tmp_path: Path) -> None:
-    future = struct.pack("<Q1sIQIQ40x", 1, b"t", 1, 4, 999, 0)  # a type that comes after us
+    future = struct.pack("<Q1sIQIQ7x", 1, b"t", 1, 4, 999, 0)  # a type that comes after us
     for data in (header(version=2), header(n_tensors=1, rest=future)):
         check_gguf(write(tmp_path / "m.gguf", data))
+
+
+def test_tensors_in_any_order(tmp_path: Path) -> None:
+    tensors = (struct.pack("<Q1sIQIQ", 1, b"t", 1, 4, 0, offset) for offset in (64, 0))
+    data = header(n_tensors=2, rest=b"".join(tensors)).ljust(96 + 64 + 16, b"x")
+    check_gguf(write(tmp_path / "m.gguf", data))
+    with pytest.raises(ModelError, match=r"175 bytes of the 176 that its tensors need"):
+        check_gguf(write(tmp_path / "m.gguf", data[:-1]))
 
 
 def test_missing_and_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +532,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.asked: list[str] = []  # the requests for files, as "GET /…"
         self.status = 200  # anything else: answer nothing but this
         self.code = ""  # with this X-Error-Code
-        self.commit = COMMIT
+        self.headers = {"X-Repo-Commit": COMMIT, "ETag": '"1"'}
 
     @property
     def url(self) -> str:
@@ -555,9 +567,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Error-Code", code)
-        if status == 200 and self.server.commit:
-            self.send_header("X-Repo-Commit", self.server.commit)
-            self.send_header("ETag", f'"{abs(hash(body)):x}"')
+        for name, value in self.server.headers.items() if status == 200 else ():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
@@ -592,7 +603,7 @@ def hub(
 @pytest.fixture
 def no_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No connection but to this machine, and no waiting for another try."""
-    import huggingface_hub
+    from huggingface_hub.utils import _http
 
     outside: list[str] = []
     connect, lookup = socket.socket.connect, socket.getaddrinfo
@@ -612,10 +623,10 @@ def no_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(socket.socket, "connect", guarded_connect)
     monkeypatch.setattr(socket, "getaddrinfo", guarded_lookup)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
-    close = getattr(huggingface_hub, "close_session", lambda: None)
-    close()  # a client that was made before remembers proxies
+    forget_client = getattr(_http, "close_session", None) or _http.reset_sessions
+    forget_client()  # it remembers the proxies of its first day
     yield
-    close()
+    forget_client()
     assert outside == []
 
 
@@ -646,7 +657,7 @@ def test_pull_then_resolve_then_pull_from_the_cache(hub: Hub, home: Path, capfd:
 def test_a_changed_file_is_downloaded_again(hub: Hub) -> None:
     old = pull("m")
     hub.files["m.gguf"] += b"more"
-    hub.commit = COMMIT[::-1]
+    hub.headers = {"X-Repo-Commit": COMMIT[::-1], "ETag": '"2"'}
     new = pull("m")
     assert new != old and new.read_bytes() == hub.files["m.gguf"]
     assert resolve("m").path == new
@@ -707,9 +718,10 @@ def test_split_models_are_pulled_whole(hub: Hub, home: Path) -> None:
     [
         ('repo = "o/z"\nfile = "m.gguf"', 200, "", "{hub} has no o/z, or it is private: "),
         ('repo = "o/r"\nfile = "z.gguf"', 200, "", "o/r at {hub} has no file z.gguf"),
-        ('revision = "v9"', 200, "", "o/r at {hub} does not have this revision"),
+        ('revision = "v9"', 200, "", "o/r at {hub} has no revision v9"),
         ("", 404, "", "{hub} has no o/r/m.gguf"),
         ("", 401, "", "{hub} has no o/r, or it is private: check the name, or set HF_TOKEN"),
+        ("", 404, "RepoNotFound", "{hub} has no o/r, or it is private: check the name, or "),
         ("", 403, "", "{hub} denies access to o/r/m.gguf: check HF_TOKEN"),
         ("", 403, "GatedRepo", "o/r is gated: ask for access at {hub}/o/r, set HF_TOKEN"),
         ("", 503, "", "{hub} answers 503 for o/r/m.gguf"),
@@ -744,6 +756,12 @@ def test_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     path = pull("m")
     monkeypatch.setenv("HF_ENDPOINT", url)
     assert pull("m") == path  # what is there is taken as it is
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    hub.status = 503
+    assert pull("m") == path
+    hub.status = 404  # but this is an answer
+    with pytest.raises(ModelError, match=rf"^{hub.url} has no o/r/m\.gguf$"):
+        pull("m")
 
 
 def test_offline_mode(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -753,24 +771,54 @@ def test_offline_mode(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.asked == []
 
 
-def test_a_server_that_is_no_hub(hub: Hub) -> None:
-    hub.commit = ""
+@pytest.mark.parametrize("header", ["X-Repo-Commit", "ETag"])
+def test_a_server_that_is_no_hub(hub: Hub, header: str) -> None:
+    del hub.headers[header]
     with pytest.raises(ModelError, match=f"^{hub.url} does not answer like a hub: check HF_END"):
         pull("m")
 
 
-def test_disk_errors(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> str:
-        raise OSError(28, "No space left on device")
+def local_error() -> Exception:
+    from huggingface_hub.utils import LocalEntryNotFoundError
 
+    error = LocalEntryNotFoundError("Check your connection.")
+    error.__cause__ = ConnectionResetError("reset by peer")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left"), "cannot be written to {home}/hf/hub: No space left"),
+        (OSError("Consistency check\nfailed"), "cannot be downloaded: Consistency check"),
+        (ValueError(), "cannot be downloaded: ValueError"),
+        (None, "cannot reach {hub} (reset by peer): check the network and HF_ENDPOINT"),
+    ],
+)
+def test_what_may_happen_while_it_downloads(
+    hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None, message: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise error or local_error()
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(ModelError) as caught:
+        pull("m")
+    message = message.replace("{home}", str(home)).replace("{hub}", hub.url)
+    assert str(caught.value).removeprefix("o/r/m.gguf ") == message
+
+
+def test_disk_space_and_a_folder_that_cannot_be(
+    hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
         with pytest.raises(ModelError, match=rf"^{home} has 10 bytes free, this file needs 1,\d+$"):
             pull("m")
+    path = pull("m")
     with monkeypatch.context() as patch:
-        patch.setattr("huggingface_hub.hf_hub_download", full)
-        with pytest.raises(ModelError, match=r"cannot be written to .*/hf/hub: No space left"):
-            pull("m")
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+        assert pull("m") == path  # it is there, nothing is needed
     monkeypatch.setenv("HF_HOME", str(write(home / "a file", "")))
     with pytest.raises(ModelError, match=r"cannot be written to .*a file/hub: Not a directory$"):
         pull("m")

@@ -1,0 +1,50 @@
+"""The command line. Each file of this package holds one group of commands; they parse,
+call the library, and print. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mia.cli import look, patch, run, tools
+
+app = typer.Typer(
+    name="mia",
+    help="Look inside quantized language models while llama.cpp runs them, and change what happens there.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from mia import __version__
+
+        print(f"mia {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+for group in (look, run, patch, tools):
+    group.register(app)
+
+
+def main() -> None:
+    """Entry point. Errors that mia raises on purpose are one line and exit code 1 (see `command`)."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("mia: stopped", file=sys.stderr)
+        sys.exit(130)
