@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes as C
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -114,6 +115,11 @@ class _Library:
     """llama.cpp's two libraries, loaded once, checked once."""
 
     def __init__(self) -> None:
+        # GNU's OpenMP lets a waiting thread spin for milliseconds by default. Where another program
+        # wants the processor, that makes every barrier of every node wait for it: decodes took 4 to
+        # 19 times as long in a measured case. A short spin costs an idle machine nothing.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         try:
             import llama_cpp
             from llama_cpp import _ctypes_extensions
@@ -122,13 +128,17 @@ class _Library:
             raise EngineError(f"llama-cpp-python cannot be loaded: {err}") from err
         self.version: str = llama_cpp.__version__
         self.L: Any = L
-        folder = Path(llama_cpp.__file__).parent / "lib"
-        try:
-            self.base: Any = _ctypes_extensions.load_shared_library("ggml-base", folder)
-        except (FileNotFoundError, RuntimeError) as err:
-            raise EngineError(
-                f"llama-cpp-python {self.version} has no ggml-base library beside it: {err}"
-            ) from err
+        # through libllama's own handle, which finds what it was linked with: its folder holds copies of
+        # ggml-base under other names, and loading one of these gives a second ggml with its own state
+        self.base: Any = C.CDLL(L._lib._name)
+        if not hasattr(self.base, "ggml_backend_tensor_get"):  # Windows looks into one file only
+            folder = Path(llama_cpp.__file__).parent / "lib"
+            try:
+                self.base = _ctypes_extensions.load_shared_library("ggml-base", folder)
+            except (FileNotFoundError, RuntimeError) as err:
+                raise EngineError(
+                    f"llama-cpp-python {self.version} has no ggml-base library beside it: {err}"
+                ) from err
         self._declare()
         self._check_layout()
         self._messages: list[str] = []
@@ -171,6 +181,10 @@ class _Library:
         fn("gguf_get_tensor_offset", size, p, C.c_int64)
         fn("gguf_get_tensor_type", C.c_int, p, C.c_int64)
         fn("gguf_get_tensor_ne", C.POINTER(C.c_int64), p, C.c_int64)
+        fn("gguf_get_n_kv", C.c_int64, p)
+        fn("gguf_get_key", C.c_char_p, p, C.c_int64)
+        fn("gguf_get_kv_type", C.c_int, p, C.c_int64)
+        fn("gguf_get_val_str", C.c_char_p, p, C.c_int64)
 
     def _check_layout(self) -> None:
         """Builds three tensors of known shape and reads every field back."""
@@ -254,7 +268,9 @@ def describe(addr: int) -> Node:
 class _Memory:
     """Lets numpy see foreign memory without copying it."""
 
-    def __init__(self, addr: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, kind: str):
+    def __init__(
+        self, addr: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, kind: str
+    ):
         self.__array_interface__ = {
             "data": (addr, False),
             "shape": shape,
@@ -271,15 +287,29 @@ def _is_host(t: _Tensor) -> bool:
 _KINDS = {0: "<f4", 1: "<f2", 26: "<i4", 27: "<i8"}
 
 
+_HEADER = _Tensor.op.offset  # type, buffer, ne and nb: what an array's shape hangs on
+_views: dict[int, tuple[bytes, int, npt.NDArray[Any]]] = {}
+
+
 def host_array(addr: int) -> npt.NDArray[Any] | None:
     """The tensor as an array over its own memory (outermost axis first, 4 axes), or None
-    where it lies on a device or is quantized."""
+    where it lies on a device or is quantized.
+
+    A reused graph shows the same tensors at every token, so the arrays are kept.
+    """
+    header = C.string_at(addr, _HEADER)
+    data = C.c_void_p.from_address(addr + _Tensor.data.offset).value or 0
+    known = _views.get(addr)
+    if known is not None and known[0] == header and known[1] == data:
+        return known[2]
     t = _Tensor.from_address(addr)
     kind = _KINDS.get(t.type)
     if kind is None or not _is_host(t):
         return None
     ne, nb = tuple(t.ne), tuple(t.nb)
-    return np.asarray(_Memory(t.data, ne[::-1], nb[::-1], kind))
+    array = np.asarray(_Memory(data, ne[::-1], nb[::-1], kind))
+    _views[addr] = (header, data, array)
+    return array
 
 
 def read_array(addr: int) -> npt.NDArray[Any]:
@@ -352,6 +382,24 @@ def file_tensors(path: Path) -> list[FileTensor]:
         base.gguf_free(ctx)
 
 
+def file_strings(path: Path) -> dict[str, str]:
+    """The key-value pairs of a GGUF file that are texts. Raises `ModelError` where it cannot be read."""
+    base = library().base
+    ctx = base.gguf_init_from_file(str(path).encode(), _GgufParams(True, None))
+    if not ctx:
+        raise ModelError(f"{path} cannot be read as GGUF: {library().last_error()}")
+    try:
+        return {
+            base.gguf_get_key(ctx, i).decode(): base.gguf_get_val_str(ctx, i).decode(
+                errors="replace"
+            )
+            for i in range(base.gguf_get_n_kv(ctx))
+            if base.gguf_get_kv_type(ctx, i) == 8
+        }
+    finally:
+        base.gguf_free(ctx)
+
+
 def dequantize(source: int, ggml_type: int, n_rows: int, n_in: int) -> Array:
     """`n_rows` rows of `n_in` values stored at address `source` as `ggml_type`, as float32."""
     out = np.empty((n_rows, n_in), F32)
@@ -416,7 +464,10 @@ class Tracer:
         for addr in self._muted:
             _Tensor.from_address(addr).flags |= _FLAG_COMPUTE
         self._muted.clear()
-        return not self.seen and self._index == len(self.addrs)
+        expected = not self.seen and self._index == len(self.addrs)
+        if not expected and not self.seen:  # it ended early: these nodes were all
+            self.seen.extend(self.addrs[: self._index])
+        return expected
 
     def stop(self, error: BaseException) -> None:
         """Ends the decode at the next node; the error is raised when the library has returned."""
@@ -578,6 +629,31 @@ class LlamaModel:
             yield self.lib.L.llama_vocab_get_text(self.vocab, i) or b""
 
 
+#: names of whole-file types -> llama_ftype
+FILE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 32,
+    "q8_0": 7,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q4_k_m": 15,
+    "q6_k": 18,
+}
+
+
+def convert_file(source: Path, target: Path, kind: str, threads: int) -> None:
+    """llama.cpp's own quantizer: writes `source` with its weights as `kind` (see `FILE_TYPES`).
+
+    To f32 nothing is lost. Raises `EngineError` where llama.cpp refuses.
+    """
+    lib = library()
+    p = lib.L.llama_model_quantize_default_params()
+    p.ftype, p.nthread, p.allow_requantize = FILE_TYPES[kind], threads, True
+    if lib.L.llama_model_quantize(str(source).encode(), str(target).encode(), C.byref(p)) != 0:
+        raise EngineError(f"llama.cpp cannot convert {source} to {kind}: {lib.last_error()}")
+
+
 class Context:
     """A KV cache and the compute buffers. One `decode` is one micro-batch, so that the rows
     of every node are the rows of the batch, in order."""
@@ -609,6 +685,7 @@ class Context:
         if self.handle:
             self.lib.L.llama_free(self.handle)
             self.handle = None
+            _views.clear()
 
     def clear(self) -> None:
         self.lib.L.llama_memory_clear(self.memory, False)

@@ -14,10 +14,14 @@ site and a value v:
 | `blend`           | h(1 - w) + v·w                                                  |
 | `project_out`     | h - (h·v̂)v̂, v̂ = v/|v|                                          |
 | `project_out_add` | h - (h·v̂)v̂ + c·v: the projection becomes exactly c·v's          |
+| `clamp`           | h + max(0, c|v| - h·v̂)v̂: the projection is at least that of c·v |
+| `cap`             | h - max(0, h·v̂ - c|v|)v̂: the projection is at most that of c·v  |
 | a function        | f(h), rows `(n, width)` in, the same shape out                  |
 
 Values are `(width,)` for all selected tokens alike, or `(n_selected, width)`,
-one row per selected prompt token in the order of `tokens`.
+one row per selected prompt token in the order of `tokens`. In `add`, `scale` and `blend`
+the coefficient may differ along the row: n numbers, each for width / n dimensions that
+follow one another, so that at `head_out` n_head numbers are one for each head.
 """
 
 from __future__ import annotations
@@ -34,42 +38,65 @@ from mia.sites import HEADED, Site
 
 Array = npt.NDArray[np.float32]
 Function = Callable[[Array], Array]
+#: a coefficient as operators see it: one number, or one for each dimension of the row
+Coeff = np.float32 | Array
 #: which prompt tokens: None for all, an index, a slice, or a sequence of indices
 Tokens = int | slice | Sequence[int] | None
 
 
-def _replace(h: Array, v: Array, c: float) -> Array:
+def _replace(h: Array, v: Array, c: Coeff) -> Array:
     return np.broadcast_to(v, h.shape)
 
 
-def _add(h: Array, v: Array, c: float) -> Array:
-    return h + np.float32(c) * v
+def _add(h: Array, v: Array, c: Coeff) -> Array:
+    return h + c * v
 
 
-def _blend(h: Array, v: Array, c: float) -> Array:
-    w = np.float32(c)
-    return h * (1 - w) + v * w
+def _blend(h: Array, v: Array, c: Coeff) -> Array:
+    return h * (1 - c) + v * c
 
 
-def _project_out(h: Array, v: Array, c: float) -> Array:
+def _project_out(h: Array, v: Array, c: Coeff) -> Array:
     unit = v / np.linalg.norm(v, axis=-1, keepdims=True)
     return h - (h * unit).sum(-1, keepdims=True) * unit
 
 
-def _project_out_add(h: Array, v: Array, c: float) -> Array:
-    return _project_out(h, v, c) + np.float32(c) * v
+def _project_out_add(h: Array, v: Array, c: Coeff) -> Array:
+    return _project_out(h, v, c) + c * v
 
 
-_WITH_VALUE: dict[str, Callable[[Array, Array, float], Array]] = {
+def _clamp(h: Array, v: Array, c: Coeff) -> Array:
+    norm = np.linalg.norm(v, axis=-1, keepdims=True)
+    unit = v / norm
+    short = c * norm - (h * unit).sum(-1, keepdims=True)
+    return h + np.maximum(short, 0) * unit
+
+
+def _cap(h: Array, v: Array, c: Coeff) -> Array:
+    return -_clamp(-h, v, -c)
+
+
+def _with_norm_of(h: Array, out: Array) -> Array:
+    norms = np.linalg.norm(out, axis=-1, keepdims=True)
+    return out * (np.linalg.norm(h, axis=-1, keepdims=True) / np.where(norms > 0, norms, 1))
+
+
+_WITH_VALUE: dict[str, Callable[[Array, Array, Coeff], Array]] = {
     "replace": _replace,
     "add": _add,
     "mean": _replace,
     "blend": _blend,
     "project_out": _project_out,
     "project_out_add": _project_out_add,
+    "clamp": _clamp,
+    "cap": _cap,
 }
-_WITHOUT_VALUE: dict[str, Callable[[Array, float], Array]] = {
-    "scale": lambda h, c: h * np.float32(c),
+#: operators that read v's direction, which a zero vector has not
+_DIRECTED = ("project_out", "project_out_add", "clamp", "cap")
+#: operators whose coefficient may differ along the row
+_ALONG = ("add", "scale", "blend")
+_WITHOUT_VALUE: dict[str, Callable[[Array, Coeff], Array]] = {
+    "scale": lambda h, c: h * c,
     "zero": lambda h, c: np.zeros_like(h),
 }
 OPERATORS = (*_WITH_VALUE, *_WITHOUT_VALUE)
@@ -88,7 +115,8 @@ class Edit:
         generated: also while generating; by default only where `tokens` is None.
         heads: at a site of heads, only these.
         dims: only these dimensions of the row (of each head, where `heads` is given).
-        coeff: c or w of the operators.
+        coeff: c or w of the operators; `add`, `scale` and `blend` take several (see the module).
+        keep_norm: what was selected of each row is scaled back to the norm that it had.
 
     Two edits are the same only if they are the same object; requests that share one
     share the work up to where they differ.
@@ -101,8 +129,10 @@ class Edit:
     generated: bool | None = None
     heads: Sequence[int] | None = None
     dims: Sequence[int] | None = None
-    coeff: float = 1.0
+    coeff: float | Sequence[float] | Array = 1.0
+    keep_norm: bool = False
     _value: Array | None = field(init=False, repr=False, default=None)
+    _coeff: Coeff = field(init=False, repr=False, default=np.float32(1))
 
     def __post_init__(self) -> None:
         if isinstance(self.op, str):
@@ -114,10 +144,21 @@ class Edit:
                 )
         elif not callable(self.op):
             raise UsageError(f"op is neither an operator's name nor a function: {self.op!r}")
-        if not np.isfinite(self.coeff):
-            raise UsageError(f"coefficient {self.coeff} is not a finite number")
+        object.__setattr__(self, "_coeff", self._checked_coeff())
         if self.value is not None:
             object.__setattr__(self, "_value", self._checked_value())
+
+    def _checked_coeff(self) -> Coeff:
+        c = np.asarray(self.coeff, np.float32)
+        if not np.isfinite(c).all():
+            raise UsageError(f"coefficient {self.coeff} is not a finite number")
+        if c.ndim == 0:
+            return np.float32(c)
+        if self.op not in _ALONG:
+            raise UsageError(f"operator {self.op!r} takes one coefficient; several are for {', '.join(_ALONG)}")
+        if c.ndim > 1 or not len(c):
+            raise UsageError(f"an edit's coefficients have 1 axis, not shape {c.shape}")
+        return c
 
     def _checked_value(self) -> Array:
         v = np.asarray(self.value, np.float32)
@@ -127,7 +168,7 @@ class Edit:
             raise UsageError(f"the value of the edit at {self.site} has numbers that are not finite")
         if self.op == "mean" and v.ndim == 2:
             v = v.mean(0)
-        if self.op in ("project_out", "project_out_add") and not np.linalg.norm(v, axis=-1).all():
+        if self.op in _DIRECTED and not np.linalg.norm(v, axis=-1).all():
             raise UsageError(f"the direction of the edit at {self.site} is zero")
         return v
 
@@ -146,6 +187,11 @@ class Edit:
         """Raises where heads, dims or the value do not fit rows of `shape` (width,) or
         (n_head, head_dim), or the number of tokens."""
         width = self._width(site, shape)
+        c = self._coeff
+        if isinstance(c, np.ndarray) and width % len(c):
+            raise UsageError(
+                f"{site} has rows of {width} here, which {len(c)} coefficients do not divide"
+            )
         v = self._value
         if v is None:
             return
@@ -194,7 +240,10 @@ class Edit:
             index = (which[:, None], np.asarray(self.dims, np.intp))
         old = rows[index]
         h = old.reshape(len(which), -1)
-        rows[index] = self._result(h, picks).reshape(old.shape)
+        out = self._result(h, picks)
+        if self.keep_norm:
+            out = _with_norm_of(h, out)
+        rows[index] = out.reshape(old.shape)
 
     def _result(self, h: Array, picks: npt.NDArray[np.intp]) -> Array:
         if not isinstance(self.op, str):
@@ -202,13 +251,16 @@ class Edit:
             if out.shape != h.shape:
                 raise UsageError(f"the function at {self.site} made {out.shape} of rows {h.shape}")
             return out
+        c = self._coeff
+        if isinstance(c, np.ndarray):
+            c = np.repeat(c, h.shape[1] // len(c))
         if self.op in _WITHOUT_VALUE:
-            return _WITHOUT_VALUE[self.op](h, self.coeff)
+            return _WITHOUT_VALUE[self.op](h, c)
         v = self._value
         assert v is not None
         if v.ndim == 2:
             v = v[picks] if v.shape[0] > 1 else v[0]
-        return _WITH_VALUE[self.op](h, v, self.coeff)
+        return _WITH_VALUE[self.op](h, v, c)
 
 
 def resolve_tokens(tokens: Tokens, n_tokens: int) -> list[int]:

@@ -7,18 +7,18 @@ once, and an edit that many rows share is one numpy operation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from mia._ggml import Context, Sampler, describe, rows_of
+from mia._ggml import Context, Sampler
 from mia.edits import Edit
-from mia.errors import EngineError, SiteError
-from mia.graph import SiteNode, Topology
+from mia.errors import EngineError
 from mia.plan import Buffer, Job, Row, Segment
-from mia.sites import Site
+from mia.session import Session
+from mia.sites import BY_KEY, Site
+from mia.visits import Visits
 
 Array = npt.NDArray[np.float32]
 Index = npt.NDArray[np.intp]
@@ -26,68 +26,13 @@ Index = npt.NDArray[np.intp]
 #: sequences that llama.cpp can hold in one batch
 MAX_SEQ = 256
 #: bytes of logits that one decode may produce
-_LOGITS_BYTES = 32 << 20
+_LOGITS_BYTES = 64 << 20
 #: rows after which a batch of resumed segments ends at the next change of layer
-_RESUMED_ROWS = 64
+_RESUMED_ROWS = 32
 
 
 class Restart(Exception):
     """A memory that cannot be cut back met a graph that was not known yet: run again."""
-
-
-@dataclass(slots=True)
-class Variant:
-    """A topology at the addresses where it was last seen."""
-
-    addrs: list[int]
-    topology: Topology
-
-
-class Session:
-    """A context together with what is known of its graphs."""
-
-    def __init__(self, context: Context):
-        self.context = context
-        self.variants: list[Variant] = []
-        if context.tracer is not None:
-            self._scout()
-
-    @property
-    def topology(self) -> Topology:
-        """The graph seen last."""
-        return self.variants[0].topology
-
-    def _scout(self) -> None:
-        """Shows the tracer the graph, by a decode of two tokens that computes nothing."""
-        two = np.zeros(2, np.int32)
-        self.context.decode(two, np.arange(2, dtype=np.int32), two.copy(), np.ones(2, np.int8))
-        self.context.clear()
-        self.learn()
-
-    def learn(self) -> None:
-        """Makes the graph that the tracer has just seen the first one to expect."""
-        assert self.context.tracer is not None
-        addrs = list(self.context.tracer.seen)
-        found = next((v for v in self.variants if v.addrs == addrs), None)
-        if found is None:
-            nodes = [describe(a) for a in addrs]
-            topology = next((v.topology for v in self.variants if v.topology.same_as(nodes)), None)
-            model = self.context.model
-            found = Variant(
-                addrs, topology or Topology(nodes, n_layer=model.n_layer, n_head=model.n_head)
-            )
-        self.variants = [found, *[v for v in self.variants if v is not found][:7]]
-
-    def site(self, site: Site) -> SiteNode:
-        """Raises `SiteError` naming the sites that this graph has."""
-        found = self.topology.sites.get(site)
-        if found is None:
-            have = ", ".join(sorted({s.name for s in self.topology.sites}))
-            raise SiteError(f"this model has no site {site}; it has {have} (see: mia sites)")
-        return found
-
-    def close(self) -> None:
-        self.context.close()
 
 
 class Runner:
@@ -116,7 +61,7 @@ class Runner:
         self.generating: list[_Generation] = []
         self.waiting: list[_Generation] = []  # have their first token, but no sequence yet
         self.out_index: Index = np.empty(0, np.intp)
-        self.track_cells = any(site.name == "attn_pattern" for site in sites)
+        self.track_cells = any(site.name in BY_KEY for site in sites)
         nodes = session.topology.sites if session.variants else {}
         self._ends = {s for s in sites if s in nodes and nodes[s].outputs_only}
         self._buffer_ends: dict[int, bool] = {}
@@ -135,7 +80,7 @@ class Runner:
                 self._run_batch(batch, stack, partial)
             elif self.generating:
                 self._generate_step()
-            else:
+            elif not self._bring_up(stack):
                 raise EngineError(
                     f"a request needs more than the {self.budget} cells of the context"
                 )
@@ -154,7 +99,9 @@ class Runner:
             else:
                 break
             end, n_out = seg.done_rows, 0
-            while end < len(seg.rows) and rows < self.n_ubatch and outputs + n_out < self.max_outputs:
+            while (
+                end < len(seg.rows) and rows < self.n_ubatch and outputs + n_out < self.max_outputs
+            ):
                 n_out += self._is_output(seg, end)
                 end, rows = end + 1, rows + 1
             outputs += n_out
@@ -177,18 +124,38 @@ class Runner:
             batch.append((seg, 0, len(seg.rows)))
         return batch
 
+    def _bring_up(self, stack: list[Segment]) -> bool:
+        """Puts a segment on top of the stack for which there is room.
+
+        There is always one: what the segment admitted last needs was free when it was
+        admitted, and all that came later has ended and given back what it held.
+        """
+        at = next((i for i in reversed(range(len(stack))) if self._has_room(stack[i])), None)
+        if at is not None:
+            stack.append(stack.pop(at))
+        return at is not None
+
+    def _has_room(self, seg: Segment) -> bool:
+        inherits = seg.parent is not None and seg.parent.unstarted == 1
+        return len(self.free) + inherits >= seg.seqs and self.used + seg.need <= self.budget
+
     def _admit(self, seg: Segment) -> bool:
         """Gives the segment a sequence with its parent's cells, if there is room."""
-        n_generating = sum(1 for j in seg.jobs if j.request.n_predict)
-        # a fork needs a sequence for itself and one for a child
-        forks = bool(seg.children) or n_generating > 1
-        if len(self.free) < 1 + forks or self.used + seg.need > self.budget:
+        if not self._has_room(seg):
             return False
-        seg.seq = self.free.pop()
-        if seg.parent is not None:
-            self.context.seq_cp(seg.parent.seq, seg.seq, seg.start)
+        seg.seq = self.free.pop() if seg.parent is None else self._fork(seg.parent)
         self.used += len(seg.rows) + seg.growth
         return True
+
+    def _fork(self, seg: Segment) -> int:
+        """A sequence that goes on from the segment's end. The last to ask gets its own."""
+        seg.unstarted -= 1
+        if seg.unstarted:
+            seq = self.free.pop()
+            self.context.seq_cp(seg.seq, seq, seg.rows[-1].pos + 1)
+        else:
+            seq, seg.seq = seg.seq, -1
+        return seq
 
     def _run_batch(
         self, batch: list[tuple[Segment, int, int]], stack: list[Segment], partial: list[Segment]
@@ -203,6 +170,8 @@ class Runner:
         for seg, a, b in batch:
             at += b - a
             seg.done_rows = b
+            if seg.twin is not None:
+                seg.twin.drop_saved()
             if b < len(seg.rows):
                 partial.append(seg)
                 continue
@@ -216,7 +185,9 @@ class Runner:
         resumed = [s for s in ready if s.resume]
         if resumed:
             stack[:] = _merge_resumed(stack, resumed)
-        stack.extend(reversed([s for s in ready if not s.resume]))
+        # those that need few sequences first (see plan._sequences)
+        fresh = sorted((s for s in ready if not s.resume), key=lambda s: s.seqs)
+        stack.extend(reversed(fresh))
 
     def _release(self, seg: Segment) -> None:
         """Gives back the sequence and cells of a finished segment, and of parents finished by it."""
@@ -244,29 +215,25 @@ class Runner:
             gen = _Generation(job, seg, self.make_sampler(job))
             if gen.choose(self.context, int(self.out_index[row]), row, self.is_eog):
                 gen.close()
-                seg.unfinished -= 1
+                seg.unstarted -= 1
+                self._count_generation(seg)
             else:
                 self.waiting.append(gen)
 
     def _admit_generations(self) -> None:
         """Gives waiting generations a sequence and cells: those that their segment kept free,
-        else what there is. The last of a segment takes the segment's own sequence."""
+        else what there is."""
         still: list[_Generation] = []
         for gen in self.waiting:
             seg, growth = gen.segment, gen.job.request.n_predict - 1
-            last = seg.unfinished == 1
             if seg.growth_free:
                 growth = 0
-            if (self.free or last) and self.used + growth <= self.budget:
+            if (self.free or seg.unstarted == 1) and self.used + growth <= self.budget:
                 if growth == 0:
                     seg.growth_free, gen.holds_growth = False, True
                 self.used += growth
                 gen.promised = growth
-                if last:
-                    gen.seq, seg.seq = seg.seq, -1
-                else:
-                    gen.seq = self.free.pop()
-                    self.context.seq_cp(seg.seq, gen.seq, len(gen.job.tokens))
+                gen.seq = self._fork(seg)
                 self.generating.append(gen)
             else:
                 still.append(gen)
@@ -288,9 +255,17 @@ class Runner:
         g.close()
         seg = g.segment
         seg.growth_free = seg.growth_free or g.holds_growth
-        seg.unfinished -= 1
+        self._count_generation(seg)
         if not seg.unfinished:
             self._release(seg)
+
+    def _count_generation(self, seg: Segment) -> None:
+        """One of the segment's generations is over; the last gives back the cells kept for them."""
+        seg.unfinished -= 1
+        seg.generations -= 1
+        if not seg.generations:
+            self.used -= seg.growth
+            seg.growth = 0
 
     def close(self) -> None:
         for g in [*self.generating, *self.waiting]:
@@ -345,7 +320,7 @@ class Runner:
     ) -> None:
         """Tells the tracer what is wanted of the coming decode, and which nodes need not run."""
         assert self.context.tracer is not None
-        visits = _Visits(self, rows)
+        visits = Visits(self.session, self.edits, rows, self.out_index, self.track_cells)
         if resume:
             visits.resume(resume, batch)
         visits.gather()
@@ -369,7 +344,9 @@ class Runner:
             for job, i in row.logits:
                 line = logits[self.out_index[b]]
                 if job.logit_rows is None:
-                    job.logit_rows = np.empty((len(job.logit_positions), logits.shape[1]), np.float32)
+                    job.logit_rows = np.empty(
+                        (len(job.logit_positions), logits.shape[1]), np.float32
+                    )
                 job.logit_rows[i] = line
                 job.logits_left -= 1
                 if job.logits_left == 0:
@@ -400,7 +377,9 @@ class _Generation:
         for token in job.tokens[-64:]:
             sampler.accept(token)
 
-    def choose(self, context: Context, output: int, batch_row: int, is_eog: Callable[[int], bool]) -> bool:
+    def choose(
+        self, context: Context, output: int, batch_row: int, is_eog: Callable[[int], bool]
+    ) -> bool:
         """Picks the next token from the logits; True where it is the last."""
         logits = context.logits()[output]
         if self.job.request.sampling.plain:
@@ -409,7 +388,9 @@ class _Generation:
             token = self.sampler.sample(context, batch_row)
         result = self.job.result
         top = logits.max()
-        result.logprobs.append(float(logits[token] - top - np.log(np.exp(logits - top).sum(dtype=np.float64))))
+        result.logprobs.append(
+            float(logits[token] - top - np.log(np.exp(logits - top).sum(dtype=np.float64)))
+        )
         result.tokens.append(token)
         ended = self.job.request.stop_at_eog and is_eog(token)
         return ended or len(result.tokens) >= self.job.request.n_predict
@@ -425,129 +406,3 @@ class _Generation:
 
     def close(self) -> None:
         self.sampler.close()
-
-
-class _Visits:
-    """What to do at which node in one decode."""
-
-    def __init__(self, runner: Runner, rows: Sequence[Row]):
-        self.runner, self.rows = runner, rows
-        self.actions: dict[int, list[Callable[[int], None]]] = {}
-
-    def visit(self, index: int, addr: int) -> None:
-        for action in self.actions[index]:
-            action(addr)
-
-    def _on(self, index: int, action: Callable[[int], None]) -> None:
-        self.actions.setdefault(index, []).append(action)
-
-    def resume(self, layer: int, batch: Sequence[tuple[Segment, int, int]]) -> None:
-        """Writes what the twins had at the end of block layer-1, in place of computing it."""
-        site = Site("resid_post", layer - 1)
-        parts = [_twin_rows(seg, site)[a:b] for seg, a, b in batch]
-        values = np.concatenate(parts)  # (n_rows, n_embd)
-
-        def write(addr: int) -> None:
-            with rows_of(addr, write=True) as a:
-                a[0, 0] = values
-
-        self._on(self.runner.session.site(site).index, write)
-
-    def gather(self) -> None:
-        edits: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
-        captures: dict[int, tuple[Buffer, list[int], list[int]]] = {}
-        for b, row in enumerate(self.rows):
-            for rank, edit_id, pick in row.edits:
-                which, picks = edits.setdefault((rank, edit_id), ([], []))
-                which.append(b)
-                picks.append(pick)
-            for buffer, i in row.captures:
-                _, which, dests = captures.setdefault(id(buffer), (buffer, [], []))
-                which.append(b)
-                dests.append(i)
-        if self.runner.track_cells:
-            self._track_cells()
-        for (_, edit_id), (which, picks) in sorted(edits.items(), key=lambda item: item[0][0]):
-            edit, site = self.runner.edits[edit_id]
-            self._add_edit(edit, site, np.asarray(which), np.asarray(picks))
-        for buffer, which, dests in captures.values():
-            for site in buffer.sites:
-                self._add_capture(buffer, site, np.asarray(which), np.asarray(dests))
-
-    def _add_edit(self, edit: Edit, site: Site, which: Index, picks: Index) -> None:
-        at = self.runner.session.site(site)
-        which_out = self.runner.out_index[which] if at.outputs_only else which
-
-        def act(addr: int) -> None:
-            with rows_of(addr, write=True) as a:
-                if at.layout == "pattern":
-                    for b, line in self._pattern(site, a[0], which):
-                        edit.apply(line, np.zeros(1, np.intp), np.zeros(1, np.intp))
-                        self._put_pattern(site, a[0], b, line[0])
-                else:
-                    edit.apply(_shaped(a, at, edit.heads is not None), which_out, picks)
-
-        self._on(at.index, act)
-
-    def _add_capture(self, buffer: Buffer, site: Site, which: Index, dests: Index) -> None:
-        at = self.runner.session.site(site)
-        which_out = self.runner.out_index[which] if at.outputs_only else which
-
-        def act(addr: int) -> None:
-            with rows_of(addr, write=False) as a:
-                if at.layout == "pattern":
-                    dest = buffer.array(site, (a.shape[1], buffer.n_keys))
-                    for (_, line), d in zip(self._pattern(site, a[0], which), dests, strict=True):
-                        dest[d, :, : line.shape[-1]] = line[0]
-                else:
-                    rows = _shaped(a, at, False)
-                    buffer.array(site, rows.shape[1:])[dests] = rows[which_out]
-
-        self._on(at.index, act)
-
-    # -- attention patterns: cells of the cache <-> positions of a sequence ---------
-
-    def _track_cells(self) -> None:
-        groups: dict[int, int] = {}
-        for index, cells in self.runner.session.topology.cell_inputs.values():
-            if cells not in groups:
-                groups[cells] = len(groups)
-                self._on(index, self._note_cells(groups[cells]))
-        self._groups = {
-            layer: groups[cells] for layer, (_, cells) in self.runner.session.topology.cell_inputs.items()
-        }
-
-    def _note_cells(self, group: int) -> Callable[[int], None]:
-        def note(addr: int) -> None:
-            source = next(s for s in describe(addr).src if describe(s).type == "i64")
-            with rows_of(source, write=False) as cells:
-                for row, cell in zip(self.rows, cells.ravel().tolist(), strict=False):
-                    row.cells[group] = cell
-
-        return note
-
-    def _pattern(self, site: Site, a: Array, which: Index) -> Iterator[tuple[int, Array]]:
-        """For each row its pattern by position: (1, n_head, n_keys), a copy."""
-        assert site.layer is not None
-        for b in which:
-            cells = self.rows[b].path_cells(self._groups[site.layer])
-            yield int(b), a[:, b][:, cells][None]
-
-    def _put_pattern(self, site: Site, a: Array, b: int, line: Array) -> None:
-        assert site.layer is not None
-        cells = self.rows[b].path_cells(self._groups[site.layer])
-        a[:, b, cells] = line
-
-
-def _shaped(a: npt.NDArray[np.float32], at: SiteNode, by_head: bool) -> Array:
-    """A node's array (4 axes) as (n_rows, width), or (n_rows, n_head, head_dim); never a copy."""
-    rows = a[0] if at.layout == "heads" else a[0, 0]
-    out = rows.reshape(rows.shape[0], *at.shape) if by_head else rows.reshape(rows.shape[0], -1)
-    if not np.may_share_memory(out, a):
-        raise EngineError("a site's tensor has an unexpected layout")
-    return out
-
-
-def _twin_rows(seg: Segment, site: Site) -> Array:
-    assert seg.twin is not None and seg.twin.saved is not None
-    return seg.twin.saved.arrays[site]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mia._ggml import Node, describe
-from mia.sites import Site
+from mia.sites import BY_KEY, Site
 
 #: ops that only look at the same numbers in another shape, or take some rows of them
 _PASS = ("RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE", "CONT", "GET_ROWS", "DUP", "CPY")
@@ -30,13 +30,15 @@ class SiteNode:
     "pattern" `(n_head, n_rows, n_cells)`. `outputs_only`: the node has rows only
     for tokens whose logits were asked for (the end of the last block). `shape` is that
     of one row: `(width,)`, `(n_head, head_dim)`, or `(n_head,)` for a pattern, whose
-    keys grow with the sequence.
+    keys grow with the sequence. `scale`: what the node's numbers are multiplied with
+    to be the site's (scores, which the softmax scales).
     """
 
     index: int
     layout: str
     outputs_only: bool
     shape: tuple[int, ...]
+    scale: float = 1.0
 
 
 class Topology:
@@ -102,9 +104,12 @@ class Topology:
     def _add(self, name: str, layer: int | None, index: int | None) -> None:
         if index is None:
             return
-        ne, layout = self.nodes[index].ne, "rows"
+        ne, layout, scale = self.nodes[index].ne, "rows", 1.0
         shape: tuple[int, ...] = (ne[0],)
-        if name == "attn_pattern":
+        if name == "attn_scores":
+            softmax = self.nodes[self._named[f"kq_soft_max-{layer}"]]
+            scale = softmax.param_f32(0)
+        if name in BY_KEY:
             layout, shape = "pattern", (ne[2],)
         elif name in ("q", "k", "v"):
             # two rows are traced, so that (head_dim, n_head, 2) and (width, 2) differ
@@ -114,7 +119,9 @@ class Topology:
             q = self.sites.get(Site("q", layer))
             n_head = q.shape[0] if q is not None and q.layout == "heads" else self._n_head
             shape = (n_head, ne[0] // n_head)
-        self.sites[Site(name, layer)] = SiteNode(index, layout, self._outputs_only[index], shape)
+        self.sites[Site(name, layer)] = SiteNode(
+            index, layout, self._outputs_only[index], shape, scale
+        )
 
     def _resolve(self) -> None:
         named = self._named.get
@@ -136,7 +143,10 @@ class Topology:
         self._add("mlp_norm", i, named(f"ffn_norm-{i}"))
         for site, name in (("q", "Qcur"), ("k", "Kcur"), ("v", "Vcur")):
             self._add(site, i, named(f"{name}-{i}"))
-        self._add("attn_pattern", i, named(f"kq_soft_max-{i}"))
+        softmax = named(f"kq_soft_max-{i}")
+        if softmax is not None and self.nodes[softmax].op == "SOFT_MAX":
+            self._add("attn_scores", i, self._index.get(self.nodes[softmax].src[0]))
+        self._add("attn_pattern", i, softmax)
         self._add("head_out", i, named(f"kqv_out-{i}"))
         attn, mid = self._attention_output(i, pre)
         self._add("attn_out", i, attn)

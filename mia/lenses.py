@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from mia.errors import ModelError, RangeError, UsageError
+from mia.linear import Norm, split
 from mia.request import Capture, Request
 from mia.sites import Site
 
@@ -78,6 +79,7 @@ class LogitLens:
         self.n_embd, self.n_vocab = model.n_embd, model.n_vocab
         self._before: list[tuple[str, Step]] = []
         self._after: list[Callable[[Array, int, int], Array]] = []
+        self._caps: list[Callable[[Array, int, int], Array]] = []  # those of them that bend
         self._matrix = ""
         self._read_graph(model)
         self._check(model)
@@ -126,6 +128,46 @@ class LogitLens:
             if kind == "weight":
                 row = step(row)
         return row
+
+    def attribute(self, parts: Array, token: int) -> tuple[Array, float, float]:
+        """What each of the parts (n, n_embd) of a last residual, their sum, gives to a logit.
+
+        The final norm is held as it divides the sum; the logit is the one before soft-capping.
+
+        Returns:
+            (n,) the parts' shares; the share of biases; and the logit that the model makes of
+            both, after soft-capping where it does that.
+        """
+        steps = [step for _, step in self._before]
+        rows, constant = split(steps, parts, np.zeros(self.n_embd, np.float32))
+        row = self._weights.rows(self._matrix, token, token + 1)[0].astype(np.float64)
+
+        def straight(scores: Any) -> Any:
+            for step in self._after:
+                scores = scores if step in self._caps else step(scores, token, token + 1)
+            return scores
+
+        zero = straight(np.zeros(1))
+        shares = straight((rows @ row)[:, None])[:, 0] - zero
+        logit = np.asarray([(rows @ row).sum() + constant @ row])
+        for after in self._after:
+            logit = after(logit, token, token + 1)
+        return shares, float(straight(np.asarray([constant @ row]))[0]), float(logit[0])
+
+    @property
+    def capped(self) -> bool:
+        """Whether the model bends its logits at the end (soft-capping)."""
+        return bool(self._caps)
+
+    def unembed(self, h: Array, k: int = 10) -> Readout:
+        """The best k tokens of each row of h (n, n_embd) by the unembedding alone: no final norm, no
+        weight of it."""
+        x = np.ascontiguousarray(np.atleast_2d(h), np.float32)
+        if x.ndim != 2 or x.shape[1] != self.n_embd:
+            raise UsageError(f"a lens reads rows of {self.n_embd}, not shape {np.shape(h)}")
+        if not 1 <= k <= self.n_vocab:
+            raise RangeError(f"k is {k}; 1 to {self.n_vocab} tokens can be asked for")
+        return self._read_rows(x, k, ())
 
     # -- the pieces --------------------------------------------------------------
 
@@ -199,6 +241,8 @@ class LogitLens:
                 step = _function(node.op, node.param_f32(0), node.param_f32(1))
                 if after:
                     posts.append(lambda x, a, b, step=step: step(x))  # type: ignore[misc]
+                    if node.op == "TANH":
+                        self._caps.append(posts[-1])
                 else:
                     before.append(("norm" if "NORM" in node.op else "scale", step))
                 source = node.src[0]
@@ -246,11 +290,17 @@ class _TopK:
         if not len(rows):
             return
         part = block if len(rows) == self.n else block[rows]
-        if np.isneginf(self.least[rows[0]]) and part.shape[1] > self.k:
-            cols = np.argpartition(part, -self.k, axis=1)[:, -self.k :]
-            self._merge(rows, np.take_along_axis(part, cols, 1), cols + start)
-            return
+        if np.isneginf(self.least[rows[0]]):
+            # a few columns give a threshold that most of the others stay below
+            seed = max(self.k, 512)
+            first = part[:, :seed]
+            keep = min(self.k, first.shape[1])
+            cols = np.argpartition(first, -keep, axis=1)[:, -keep:]
+            self._merge(rows, np.take_along_axis(first, cols, 1), cols + start)
+            part, start = part[:, seed:], start + seed
         r, c = np.nonzero(part > self.least[rows, None])
+        if not len(r):
+            return
         counts = np.bincount(r, minlength=len(rows))
         slot = np.arange(len(r)) - np.repeat(np.cumsum(counts) - counts, counts)
         values = np.full((len(rows), counts.max()), -np.inf, np.float32)
@@ -290,12 +340,4 @@ def _function(op: str, p0: float, p1: float) -> Step:
         return lambda x: x * np.float32(p0) + np.float32(p1)
     if op == "TANH":
         return lambda x: np.tanh(x)
-    eps = np.float32(p0)
-    if op == "RMS_NORM":
-        return lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
-
-    def layer_norm(x: Array) -> Array:
-        x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
-
-    return layer_norm
+    return Norm(p0, centred=op == "NORM")

@@ -5,24 +5,28 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mia import _ggml, registry
 from mia.edits import Edit
-from mia.engine import MAX_SEQ, Restart, Runner, Session
+from mia.engine import MAX_SEQ, Restart, Runner
 from mia.errors import EngineError, RangeError, UsageError
 from mia.plan import Job, build, edit_table
 from mia.request import Request, Result, Sampling
-from mia.sites import Site
+from mia.session import Session
+from mia.sites import BY_KEY, Site
 
 if TYPE_CHECKING:
     from mia.graph import Topology
     from mia.lenses import LogitLens
+    from mia.methods.steering import Handle, Steering
+    from mia.vectors import Vector
     from mia.weights import Weights
 
 Array = npt.NDArray[np.float32]
@@ -85,15 +89,19 @@ class Model:
         self.n_ctx = ctx or spec.ctx or self._llama.n_ctx_train
         if self.n_ctx < 1:
             raise RangeError(f"a context of {self.n_ctx} tokens is not possible")
-        self.threads = threads or _processors()
+        self.threads = threads or processors()
         if self.threads < 1:
-            raise RangeError(f"{self.threads} threads are not possible; 1 to {_processors()}")
+            raise RangeError(f"{self.threads} threads are not possible; 1 to {processors()}")
         self.kv_type = kv_type or spec.kv_type or ("f32" if self._is_f32 else "f16")
         if self.kv_type not in _ggml.GGML_TYPES:
-            raise UsageError(f"unknown kv type {self.kv_type!r}; known: {', '.join(_ggml.GGML_TYPES)}")
+            raise UsageError(
+                f"unknown kv type {self.kv_type!r}; known: {', '.join(_ggml.GGML_TYPES)}"
+            )
         self._flash = flash
         self._bos = spec.bos if bos is None else bos
         self._sessions: dict[tuple[bool, bool], Session] = {}
+        #: edits of every run, before the requests' own (see `steered`)
+        self.standing_edits: list[Edit] = []
 
     def close(self) -> None:
         """Frees the model. Using it afterwards is an error."""
@@ -190,20 +198,29 @@ class Model:
 
     def piece(self, token: int) -> str:
         """The text of one token; bytes that are no UTF-8 by themselves show as `�`."""
-        if not 0 <= token < self.n_vocab:
-            raise RangeError(f"token id {token} is out of range; the vocabulary has 0 to {self.n_vocab - 1}")
-        return self._llama.piece(token).decode(errors="replace")
+        return self._bytes(token).decode(errors="replace")
 
     def detokenize(self, tokens: Iterable[int]) -> str:
         """The text of several tokens, control tokens spelled out."""
-        return b"".join(self._llama.piece(int(t)) for t in tokens).decode(errors="replace")
+        return b"".join(self._bytes(int(t)) for t in tokens).decode(errors="replace")
+
+    def _bytes(self, token: int) -> bytes:
+        if not 0 <= token < self.n_vocab:
+            raise RangeError(
+                f"token id {token} is out of range; the vocabulary has 0 to {self.n_vocab - 1}"
+            )
+        return self._llama.piece(token)
 
     def token_id(self, text: str) -> int:
         """The one token that a text is. Raises `UsageError` where it is none or several."""
         ids = self._llama.tokenize(text, special=True)
         if len(ids) != 1:
             parts = " ".join(repr(self.piece(i)) for i in ids)
-            hint = "" if text.startswith(" ") else f"; most words need a space in front: {' ' + text!r}"
+            hint = (
+                ""
+                if text.startswith(" ")
+                else f"; most words need a space in front: {' ' + text!r}"
+            )
             raise UsageError(f"{text!r} is {len(ids)} tokens ({parts}), not one{hint}")
         return ids[0]
 
@@ -219,7 +236,9 @@ class Model:
         template = self.spec.chat_template or self._llama.chat_template()
         if not template:
             raise UsageError(f"{self.name} has no chat template; run without --chat")
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        turns = (
+            [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        )
         if system is not None:
             turns.insert(0, {"role": "system", "content": system})
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -251,6 +270,8 @@ class Model:
             UsageError: what a request asks for does not fit this model.
             EngineError: llama.cpp failed.
         """
+        if standing := tuple(self.standing_edits):
+            requests = [replace(r, edits=(*standing, *r.edits)) for r in requests]
         jobs = [Job(i, r, self.n_layer) for i, r in enumerate(requests)]
         if not jobs:
             return []
@@ -336,7 +357,9 @@ class Model:
             low, high = min(job.tokens), max(job.tokens)
             if low < 0 or high >= self.n_vocab:
                 bad = low if low < 0 else high
-                raise RangeError(f"token id {bad} is out of range; the vocabulary has 0 to {self.n_vocab - 1}")
+                raise RangeError(
+                    f"token id {bad} is out of range; the vocabulary has 0 to {self.n_vocab - 1}"
+                )
 
     def _check_shapes(self, session: Session, jobs: list[Job]) -> None:
         seen: set[tuple[int, int]] = set()
@@ -347,15 +370,29 @@ class Model:
                     continue
                 seen.add(key)
                 shape = at.shape
-                if site.name == "attn_pattern":
+                if site.name in BY_KEY:
                     if edit.value is not None:
-                        raise UsageError("attn_pattern takes zero, scale or a function, not a value")
+                        raise UsageError(
+                            f"{site.name} takes zero, scale or a function, not a value"
+                        )
+                    if edit.dims is not None:
+                        raise UsageError(
+                            f"{site.name} takes no dims; its keys grow with the sequence"
+                        )
                 elif site.name not in ("q", "k", "v", "head_out") and edit.heads is not None:
                     shape = (int(np.prod(shape)),)
                 edit.check(site, shape, len(job.tokens))
-            for buffer, _, _ in job.buffers:
+            for buffer, prompt_tokens, _ in job.buffers:
                 for site in buffer.sites:
-                    session.site(site)
+                    at = session.site(site)
+                    if (
+                        not prompt_tokens
+                    ):  # perhaps no row will come; the width is known all the same
+                        pattern = site.name in BY_KEY
+                        shape = (
+                            (at.shape[0], buffer.n_keys) if pattern else (int(np.prod(at.shape)),)
+                        )
+                        buffer.array(site, shape)
 
     def _budget(self, jobs: list[Job]) -> int:
         """Cells to run in: enough for the longest request, more where running side by side pays.
@@ -372,7 +409,7 @@ class Model:
         return max(longest, min(total, most)) + 1
 
     def _wants_flash(self, sites: set[Site]) -> bool:
-        if any(s.name == "attn_pattern" for s in sites):
+        if any(s.name in BY_KEY for s in sites):
             return False
         return self.kv_type != "f32" if self._flash is None else self._flash
 
@@ -426,6 +463,18 @@ class Model:
 
     # -- conveniences -------------------------------------------------------------------
 
+    def steered(self, *vectors: Vector | Steering, **how: Any) -> Handle:
+        """Puts vectors on the model, for a `with` block or until `remove()` is called on what
+        is returned; every run is steered meanwhile.
+
+        Args:
+            how: fields of `mia.methods.steering.Steering` for plain vectors: coeff, op,
+                layers, tokens, generated, keep_norm.
+        """
+        from mia.methods.steering import steer
+
+        return steer(self, *vectors, **how)
+
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -450,7 +499,8 @@ class Model:
         return self.detokenize(out)
 
 
-def _processors() -> int:
+def processors() -> int:
+    """How many processors this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows
@@ -481,6 +531,8 @@ def is_control_vector(edit: Edit, site: Site) -> bool:
         and edit.on_generated
         and edit.heads is None
         and edit.dims is None
+        and not edit.keep_norm
+        and np.ndim(edit.coeff) == 0
         and edit.value is not None
         and np.ndim(edit.value) == 1
     )
@@ -501,9 +553,11 @@ def _shared_control_vector(jobs: list[Job], n_layer: int, n_embd: int) -> Array 
     for edit, site in first:
         value = np.asarray(edit.value, np.float32)
         if value.shape != (n_embd,):
-            raise UsageError(f"{site} has rows of {n_embd} here, the edit's value has {value.shape[-1]}")
+            raise UsageError(
+                f"{site} has rows of {n_embd} here, the edit's value has {value.shape[-1]}"
+            )
         assert site.layer is not None
-        out[site.layer - 1] += np.float32(edit.coeff) * value
+        out[site.layer - 1] += np.asarray(edit.coeff, np.float32) * value
     return out
 
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from mia.edits import Edit, resolve_tokens
 from mia.request import Capture, Request, Result
-from mia.sites import Site, parse, parse_many
+from mia.sites import BY_KEY, Site, parse, parse_many
 
 Array = npt.NDArray[np.float32]
 #: (place in the request's list of edits, id of the edit, which row of its value)
@@ -110,7 +110,7 @@ class Job:
             keys = n + (fed if capture.generated else 0)
             for site in buffer.sites:
                 a = buffer.arrays[site][:rows]
-                self.result.captures[site] = a[..., :keys] if site.name == "attn_pattern" else a
+                self.result.captures[site] = a[..., :keys] if site.name in BY_KEY else a
 
 
 def _logit_positions(request: Request, n: int) -> list[int]:
@@ -134,20 +134,28 @@ class Segment:
     need: int = 0
     #: cells kept free for what its requests generate, one request at a time
     growth: int = 0
+    #: sequences without which the tree under it cannot be run to its end
+    seqs: int = 1
     #: first block to run; 0 for all
     resume: int = 0
     twin: Segment | None = None
     waiting: list[Segment] = field(default_factory=list)
     saved: Buffer | None = None
+    readers: int = 0
     # the state of a run
     seq: int = -1
     done_rows: int = 0
+    #: children and generations that have no sequence yet, and those that are not done
+    unstarted: int = 0
     unfinished: int = 0
+    generations: int = 0
     growth_free: bool = True
 
-    @property
-    def start(self) -> int:
-        return self.rows[0].pos
+    def drop_saved(self) -> None:
+        """Lets go of the saved residuals when the last segment that starts from them has run."""
+        self.readers -= 1
+        if not self.readers and self.saved is not None:
+            self.saved.arrays.clear()
 
 
 def first_block(site: Site, n_layer: int) -> int:
@@ -268,36 +276,27 @@ def _plan_resume(
         layer = min(first.get(id(r), n_layer - 1) for r in seg.rows)
         if layer > 0:
             seg.resume = layer
-            key = (id(seg.parent), tuple(r.token for r in seg.rows))
-            groups.setdefault(key, []).append(seg)
-    groups = {
-        k: g for k, g in groups.items() if len(g) >= _MIN_RESUMED or _clean_sibling(g[0], segments)
-    }
+            groups.setdefault(_twin_key(seg), []).append(seg)
+    clean = {_twin_key(s): s for s in _walk(segments) if not any(r.edits for r in s.rows)}
+    groups = {k: g for k, g in groups.items() if len(g) >= _MIN_RESUMED or k in clean}
     kept = {id(s) for g in groups.values() for s in g}
     for seg in _walk(segments):
         if id(seg) not in kept:
             seg.resume = 0
     layers = sorted({s.resume for g in groups.values() for s in g})
-    for group in groups.values():
-        twin = _clean_sibling(group[0], segments) or _make_twin(group[0], segments)
+    for key, group in groups.items():
+        twin = clean.get(key) or _make_twin(group[0], segments)
         twin.saved = Buffer([Site("resid_post", a - 1) for a in layers], len(twin.rows), 0)
         for i, row in enumerate(twin.rows):
             row.captures.append((twin.saved, i))
         for seg in group:
             seg.twin = twin
-        twin.waiting = group
+        twin.waiting, twin.readers = group, len(group)
 
 
-def _siblings(seg: Segment, segments: list[Segment]) -> list[Segment]:
-    return segments if seg.parent is None else seg.parent.children
-
-
-def _clean_sibling(seg: Segment, segments: list[Segment]) -> Segment | None:
-    tokens = [r.token for r in seg.rows]
-    for other in _siblings(seg, segments):
-        if [r.token for r in other.rows] == tokens and not any(r.edits for r in other.rows):
-            return other
-    return None
+def _twin_key(seg: Segment) -> tuple[int, tuple[int, ...]]:
+    """Equal for segments that differ in their edits alone: the parent, and the tokens."""
+    return id(seg.parent), tuple(r.token for r in seg.rows)
 
 
 def _make_twin(seg: Segment, segments: list[Segment]) -> Segment:
@@ -307,7 +306,7 @@ def _make_twin(seg: Segment, segments: list[Segment]) -> Segment:
         rows.append(Row(r.token, r.pos, (), parent))
         parent = rows[-1]
     twin = Segment(rows, seg.parent)
-    _siblings(seg, segments).append(twin)
+    (segments if seg.parent is None else seg.parent.children).append(twin)
     return twin
 
 
@@ -318,7 +317,20 @@ def _set_need(top: Segment) -> None:
             (j.request.n_predict - 1 for j in seg.jobs if j.request.n_predict), default=0
         )
         seg.need = len(seg.rows) + max(below, seg.growth)
-        seg.unfinished = len(seg.children) + sum(1 for j in seg.jobs if j.request.n_predict)
+        seg.generations = sum(1 for j in seg.jobs if j.request.n_predict)
+        seg.unstarted = seg.unfinished = len(seg.children) + seg.generations
+        seg.seqs = _sequences(seg)
+
+
+def _sequences(seg: Segment) -> int:
+    """The segment keeps a sequence to copy from until its last child takes it. Children that
+    need more come later, so that it takes 2^n segments before n sequences are too few."""
+    forks = sorted([c.seqs for c in seg.children] + [1] * seg.generations)
+    if len(forks) < 2:
+        return max(forks, default=1)
+    if any(c.twin for c in seg.children):  # these cannot come before their twin
+        return 1 + forks[-1]
+    return max(forks[-1], 1 + forks[-2])
 
 
 def edit_table(jobs: Iterable[Job]) -> dict[int, tuple[Edit, Site]]:

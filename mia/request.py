@@ -62,6 +62,8 @@ class Sampling:
             raise UsageError(f"top-k {self.top_k} is negative")
         if not self.repeat_penalty > 0:
             raise UsageError(f"repeat penalty {self.repeat_penalty} is not positive")
+        if not 0 <= self.seed < 2**32 - 1:  # 2^32 - 1 is llama.cpp's word for a random seed
+            raise UsageError(f"seed {self.seed} is not in 0 to {2**32 - 2}")
 
     @property
     def plain(self) -> bool:
@@ -117,7 +119,7 @@ class Result:
             or if a metric took them.
         value: what the metric returned.
         captures: by site: `(n_tokens, width)` float32, heads flattened;
-            `(n_tokens, n_head, n_keys)` for `attn_pattern`, keys by position. In the
+            `(n_tokens, n_head, n_keys)` for `attn_pattern` and `attn_scores`, keys by position. In the
             order of `Capture.tokens`, generated tokens after them.
         tokens: generated token ids.
         logprobs: natural log-probability of each generated token under the model's full

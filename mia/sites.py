@@ -7,6 +7,7 @@
 | `attn_norm.i`    | `attn_norm-i`     | `blocks.i.ln1.hook_normalized`   | n_embd                   |
 | `q.i`            | `Qcur-i`          | `blocks.i.attn.hook_q`           | n_head × head_dim        |
 | `k.i`, `v.i`     | `Kcur-i`, `Vcur-i`| `blocks.i.attn.hook_k`, `…_v`    | n_head_kv × head_dim     |
+| `attn_scores.i`  |                   | `blocks.i.attn.hook_attn_scores` | n_head × n_key           |
 | `attn_pattern.i` | `kq_soft_max-i`   | `blocks.i.attn.hook_pattern`     | n_head × n_key           |
 | `head_out.i`     | `kqv_out-i` *     | `blocks.i.attn.hook_z`           | n_head × head_dim        |
 | `attn_out.i`     | `attn_out-i`      | `blocks.i.hook_attn_out`         | n_embd                   |
@@ -18,7 +19,8 @@
 | `logits`         | `result_output`   |                                  | n_vocab                  |
 
 Layers count from zero; `resid_post.i` is the output of block i. `q` and `k` are
-taken after the rotary embedding; `attn_norm` and `mlp_norm` with their weight
+taken after the rotary embedding; `attn_scores` are what the softmax turns into
+`attn_pattern` (scaled, soft-capped where the model does that, before the causal mask); `attn_norm` and `mlp_norm` with their weight
 (and bias) applied. (*) In today's llama.cpp `kqv_out` is the concatenated heads
 before W_O, in the first tools it was what attention adds to the residual;
 `READS_AS` says where a command reads it in the old sense.
@@ -42,6 +44,7 @@ _LAYERED: dict[str, tuple[tuple[str, ...], str]] = {
     "q": (("Qcur",), "attn.hook_q"),
     "k": (("Kcur",), "attn.hook_k"),
     "v": (("Vcur",), "attn.hook_v"),
+    "attn_scores": ((), "attn.hook_attn_scores"),
     "attn_pattern": (("kq_soft_max",), "attn.hook_pattern"),
     "head_out": (("kqv_out",), "attn.hook_z"),
     "attn_out": (("attn_out",), "hook_attn_out"),
@@ -61,7 +64,9 @@ NAMES = ("embed", *LAYERED, "final_norm", "logits")
 #: sites whose row is one residual vector of width n_embd: what a lens can read
 RESIDUAL = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 #: sites made of heads, with the axis of heads in front
-HEADED = ("q", "k", "v", "attn_pattern", "head_out")
+HEADED = ("q", "k", "v", "attn_scores", "attn_pattern", "head_out")
+#: sites with a number for each query and key; they exist where flash attention is off
+BY_KEY = ("attn_scores", "attn_pattern")
 
 _LLAMA = {n: name for name, (names, _) in (_LAYERED | _GLOBAL).items() for n in names}
 _TL = {tl: name for name, (_, tl) in (_LAYERED | _GLOBAL).items()}
@@ -181,8 +186,12 @@ def _split(text: str) -> tuple[str, str | None]:
 
 
 def _unknown(text: str) -> SiteError:
-    base = re.split(r"[-.]\d", text, maxsplit=1)[0]
-    known = [*NAMES, *_LLAMA]
+    block = re.fullmatch(r"(blocks\.[^.]+\.)(.+)", text)
+    if block is None:
+        prefix, base, known = "", re.split(r"[-.]\d", text, maxsplit=1)[0], [*NAMES, *_LLAMA]
+    else:
+        prefix, base, known = block[1], block[2], [tl for _, tl in _LAYERED.values()]
     near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(NAMES)}"
-    return SiteError(f"unknown site {text!r}; {hint}")
+    if near:
+        return SiteError(f"unknown site {text!r}; did you mean {' or '.join(prefix + n for n in near)}?")
+    return SiteError(f"unknown site {text!r}; known: {', '.join(NAMES)}")

@@ -8,7 +8,6 @@ pages are the ones that llama.cpp has mapped already.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ class Weights:
 
     def __init__(self, path: Path):
         self._where: dict[str, tuple[Path, FileTensor]] = {}
+        self._maps: dict[Path, npt.NDArray[np.uint8]] = {}
         for part in _parts(path):
             for tensor in file_tensors(part):
                 self._where[tensor.name] = (part, tensor)
@@ -56,19 +56,21 @@ class Weights:
         path, tensor = self._find(name)
         n_in = tensor.ne[0]
         row = type_bytes(tensor.type, n_in)
-        source = _mapped(path)[tensor.offset + start * row : tensor.offset + stop * row]
+        source = self._mapped(path)[tensor.offset + start * row : tensor.offset + stop * row]
         return dequantize(source.ctypes.data, tensor.type, stop - start, n_in)
+
+    def _mapped(self, path: Path) -> npt.NDArray[np.uint8]:
+        """A part's bytes, mapped once: a file that is replaced meanwhile stays the old one here,
+        and is the new one for who opens it anew."""
+        if path not in self._maps:
+            self._maps[path] = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        return self._maps[path]
 
     def _find(self, name: str) -> tuple[Path, FileTensor]:
         try:
             return self._where[name]
         except KeyError:
             raise ModelError(f"the model has no tensor {name!r}") from None
-
-
-@lru_cache(maxsize=8)
-def _mapped(path: Path) -> npt.NDArray[np.uint8]:
-    return np.asarray(np.memmap(path, np.uint8, mode="r"))
 
 
 def _parts(path: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from bench_heads import heads
 
 from mia import _ggml, _probe
 from mia.edits import Edit
@@ -294,7 +295,7 @@ def process(bench: Bench) -> None:
     bench.add("mia --help", [s for s, _ in helps], unit="s", target=0.3, **at_most)
 
 
-GROUPS = {"engine": engine, "steer": steer, "lens": lens, "process": process}
+GROUPS = {"engine": engine, "heads": heads, "steer": steer, "lens": lens, "process": process}
 
 
 # ---------------------------------------------------------------------------

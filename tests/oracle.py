@@ -9,6 +9,7 @@ block, in the usual symbols (Vaswani et al. 2017; Elhage et al. 2021 for the res
     q = R(a Wq)      q.i            (n_tokens, n_head * head_dim)     R: rotary positions
     k = R(a Wk)      k.i            (n_tokens, n_head_kv * head_dim)
     v = a Wv         v.i            (n_tokens, n_head_kv * head_dim)
+    S                attn_scores.i  (n_tokens, n_head, n_tokens)      scaled and capped; no mask, the future 0
     A                attn_pattern.i (n_tokens, n_head, n_tokens)      softmax, row = query
     z = A v          head_out.i     (n_tokens, n_head * head_dim)     heads side by side
     o = z Wo         attn_out.i     (n_tokens, n_embd)   gemma2: after its post-norm
@@ -202,6 +203,8 @@ class Oracle:
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)  # (T, n_head, head_dim)
         scores = np.einsum("qhd,khd->qhk", q, k) / np.sqrt(self.head_dim)  # (T, n_head, T)
         scores = soft_cap(scores, self.score_cap)
+        past = np.tril(np.ones((n_tokens, n_tokens), bool))[:, None]  # nobody reads the future
+        scores = run.at(f"attn_scores.{i}", np.ascontiguousarray(np.where(past, scores, 0.0)))
         scores = np.where(self._visible(i, n_tokens)[:, None], scores, -np.inf)
         pattern = run.at(f"attn_pattern.{i}", softmax(scores))  # (T, n_head, T)
         z = np.einsum("qhk,khd->qhd", pattern, v).reshape(n_tokens, n_q)

@@ -1,4 +1,4 @@
-"""Tiny random GGUF models of four architectures, for tests that must run in milliseconds.
+"""Tiny random GGUF models of five architectures, for tests that must run in milliseconds.
 
 Every norm weight is random (around 1; less in gemma2's post-norms) and so is every bias, so that
 a missed one shows. Sizes and scales are chosen so that activations are O(1), logits are a few
@@ -34,6 +34,7 @@ class Arch:
     qkv_bias: bool = False
     post_norm: bool = False  # gemma2: norms after attention and MLP, capped scores and logits
     classic: bool = False  # gpt2: LayerNorm, learned positions, fused QKV, plain MLP, biases
+    state_space: bool = False  # mamba: a recurrent state in place of attention and MLP
     embd_scale: float = 0.5  # standard deviation of an entry of the token table
     mlp_gain: float = 1.0  # how much larger than its input the output of an MLP matrix is
     mlp_post_norm: float = 0.0  # centre of the weights of the norm after the MLP
@@ -46,7 +47,10 @@ ARCHS = {
         n_head=4, head_dim=24, post_norm=True, embd_scale=0.3, mlp_gain=0.5, mlp_post_norm=0.02
     ),
     "gpt2": Arch(n_head_kv=None, classic=True, mlp_gain=0.12),
+    "mamba": Arch(state_space=True),
 }
+# Mamba's sizes in the words of Gu & Dao 2023; its inner width is 2 n_embd
+D_CONV, D_STATE, DT_RANK = 4, 4, 3
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def write_tiny(
 
     Args:
         path: the file to write.
-        arch: "llama", "qwen2", "gemma2" or "gpt2".
+        arch: "llama", "qwen2", "gemma2", "gpt2" or "mamba" (F32 only).
         seed: the same seed and arguments give the same bytes.
         n_layer: number of blocks.
         tied: leave out the output matrix, so that the token table unembeds too
@@ -115,6 +119,8 @@ def write_tiny(
 
 def _dims(kind: Arch, n_layer: int, n_vocab: int, *, wide: bool) -> Dims:
     n_embd, n_ff = (64, 96) if wide else (48, 80)
+    if kind.state_space:
+        return Dims(n_layer, n_embd, 0, 0, 0, 0, n_vocab)
     n_head = kind.n_head or n_embd // kind.head_dim
     n_head_kv = kind.n_head_kv or n_head
     return Dims(n_layer, n_embd, n_ff, n_head, n_head_kv, kind.head_dim, n_vocab)
@@ -130,6 +136,13 @@ def _add_hyperparameters(w: gguf.GGUFWriter, kind: Arch, dims: Dims, window: int
     w.add_vocab_size(dims.n_vocab)
     if kind.classic:
         w.add_layer_norm_eps(1e-5)
+        return
+    if kind.state_space:
+        w.add_layer_norm_rms_eps(1e-5)
+        w.add_ssm_conv_kernel(D_CONV)
+        w.add_ssm_inner_size(2 * dims.n_embd)
+        w.add_ssm_state_size(D_STATE)
+        w.add_ssm_time_step_rank(DT_RANK)
         return
     w.add_head_count_kv(dims.n_head_kv)
     w.add_layer_norm_rms_eps(1e-5)
@@ -178,6 +191,9 @@ def _tensors(
     for i in range(dims.n_layer):
         blk = f"blk.{i}"
         draw.norm(f"{blk}.attn_norm", embd)
+        if kind.state_space:
+            draw.state_space(blk, embd)
+            continue
         if kind.classic:
             draw.linear(f"{blk}.attn_qkv", q + 2 * kv, embd, gain=1.4, bias=True)
         else:
@@ -222,6 +238,18 @@ class _Draw:
         self.normal(f"{name}.weight", n_out, n_in, scale=gain / n_in**0.5)
         if bias:
             self.normal(f"{name}.bias", n_out, scale=0.2)
+
+    def state_space(self, blk: str, embd: int) -> None:
+        inner = 2 * embd
+        self.linear(f"{blk}.ssm_in", 2 * inner, embd)
+        self.normal(f"{blk}.ssm_conv1d.weight", inner, D_CONV, scale=0.5)
+        self.normal(f"{blk}.ssm_conv1d.bias", inner, scale=0.2)
+        self.linear(f"{blk}.ssm_x", DT_RANK + 2 * D_STATE, inner)
+        self.linear(f"{blk}.ssm_dt", inner, DT_RANK, bias=True)
+        self.normal(f"{blk}.ssm_a", inner, D_STATE, scale=0.5, centre=-1.5)
+        self.tensors[f"{blk}.ssm_a"] = np.minimum(self.tensors[f"{blk}.ssm_a"], -0.1)
+        self.normal(f"{blk}.ssm_d", inner, scale=0.2, centre=1.0)
+        self.linear(f"{blk}.ssm_out", embd, inner)
 
 
 def _vocabulary() -> tuple[list[str], list[str]]:

@@ -1,0 +1,129 @@
+"""Tiny random models for all tests, opened once: `tiny("llama")` is a model and its oracle."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from oracle import Oracle
+from tiny_gguf import write_tiny
+
+from mia import model as mia_model
+from mia._ggml import Context
+from mia.model import Model
+
+#: name -> (architecture, arguments of write_tiny)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tied": True}),
+    "qwen2": ("qwen2", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma2-window": ("gemma2", {"window": 4}),
+    "gpt2": ("gpt2", {}),
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model: its file, the model under test, and what computes the truth."""
+
+    name: str
+    path: Path
+    model: Model
+
+    @property
+    def oracle(self) -> Oracle:
+        return _oracle(self.path)
+
+    def prompt(self, n: int = 14, seed: int = 1) -> list[int]:
+        """n random token ids, none of them a control token."""
+        return np.random.default_rng(seed).integers(3, self.model.n_vocab, n).tolist()
+
+    def vector(self, site: str = "resid_post.0", seed: int = 2) -> np.ndarray:
+        """A random row of a site: (width,) float32."""
+        width = np.prod(self.model.topology.sites[mia_model.Site(*_split(site))].shape)
+        return np.random.default_rng(seed).standard_normal(int(width)).astype(np.float32)
+
+
+@cache
+def _oracle(path: Path) -> Oracle:
+    return Oracle(path)
+
+
+def _split(site: str) -> tuple[str, int | None]:
+    name, _, layer = site.partition(".")
+    return name, int(layer) if layer else None
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Tiny]]:
+    """The tiny model of a name in CASES, or "mamba". One thread: on a busy machine a barrier
+    between two costs more than these models take."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with ExitStack() as stack:
+
+        @cache
+        def get(name: str) -> Tiny:
+            arch, options = CASES.get(name, (name, {}))
+            path = write_tiny(folder / f"{name}.gguf", arch, **options)
+            return Tiny(name, path, stack.enter_context(Model(path, threads=1)))
+
+        yield get
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, tiny: Callable[[str], Tiny]) -> Tiny:
+    """Each tiny model in turn."""
+    return tiny(request.param)
+
+
+@pytest.fixture
+def llama(tiny: Callable[[str], Tiny]) -> Tiny:
+    """The tiny model for what does not depend on the architecture."""
+    return tiny("llama")
+
+
+@pytest.fixture
+def reopen() -> Iterator[Callable[..., Tiny]]:
+    """The same file in a model of its own, for tests that change limits: `reopen(llama, ctx=64)`."""
+    with ExitStack() as stack:
+
+        def get(of: Tiny, **options: Any) -> Tiny:
+            model = stack.enter_context(Model(of.path, threads=1, **options))
+            return replace(of, model=model)
+
+        yield get
+
+
+@pytest.fixture
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more cells than the longest request of a run needs."""
+    monkeypatch.setattr(mia_model, "_KV_BYTES", 0)
+
+
+@pytest.fixture
+def five_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than five rows in a decode, for models that are opened afterwards. llama.cpp wants
+    no more sequences than that either."""
+    monkeypatch.setattr(mia_model, "_UBATCH", 5)
+    monkeypatch.setattr(mia_model, "MAX_SEQ", 5)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each decode had that ran to its end, in order."""
+    sizes: list[int] = []
+    plain = Context.decode
+
+    def decode(self: Context, tokens: Any, *rest: Any) -> bool:
+        done = plain(self, tokens, *rest)
+        if done:
+            sizes.append(len(tokens))
+        return done
+
+    monkeypatch.setattr(Context, "decode", decode)
+    return sizes

@@ -1,0 +1,351 @@
+"""Edits on a running model against the oracle: every site, every operator, every layout."""
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CASES, Tiny
+from reference import ELSEWHERE, UNTOUCHED, check, check_untouched, expected
+
+from mia.edits import OPERATORS, Edit
+from mia.errors import RangeError, SiteError, UsageError
+from mia.request import Capture, Request, Result
+from mia.sites import LAYERED, Site
+
+N_TOKENS = 12
+#: ways to say which tokens, and how many of N_TOKENS they are
+TOKENS: tuple[tuple[Any, int], ...] = (
+    (None, N_TOKENS),
+    (3, 1),
+    (-1, 1),
+    ([2, -3], 2),
+    (slice(2, None, 3), 4),
+    (slice(-4, -1), 3),
+    ((-2, 0, 7), 3),
+)
+
+
+def _everything(t: Tiny) -> Capture:
+    return Capture(list(t.model.topology.sites))
+
+
+def _selections(t: Tiny) -> list[dict[str, Any]]:
+    """Where operators are tried: whole rows, heads, dimensions, dimensions of heads."""
+    last = t.oracle.n_layer - 1
+    return [
+        {"site": "resid_post.1"},
+        {"site": "head_out.1", "heads": [3, 1]},
+        {"site": "q.0", "heads": [0, 2], "dims": [5, 1, 6]},
+        {"site": f"mlp_out.{last}", "dims": [0, 40, 7]},
+        {"site": "v.1", "heads": [1]},
+        {"site": f"k.{last}", "dims": [3, 2]},
+        {"site": "logits", "dims": [300, 4]},
+    ]
+
+
+def _width(t: Tiny, site: str, heads: Any = None, dims: Any = None) -> int:
+    shape = t.model.topology.sites[
+        Site(*(site.split(".")[0], *map(int, site.split(".")[1:])))
+    ].shape
+    if heads is None:
+        return int(np.prod(shape)) if dims is None else len(dims)
+    return len(heads) * (shape[-1] if dims is None else len(dims))
+
+
+def _double_and_roll(h: np.ndarray) -> np.ndarray:
+    return 2 * np.roll(h, 1, axis=-1)
+
+
+def _site_requests(t: Tiny, prompt: list[int]) -> list[Request]:
+    """Two rows added at each site; for scores and patterns, a head set to zero."""
+    rng = np.random.default_rng(3)
+    requests = []
+    for site, node in t.model.topology.sites.items():
+        if site.name in ("attn_pattern", "attn_scores"):
+            edit = Edit(site, "zero", tokens=[5, -1], heads=[1])
+        else:
+            edit = Edit(site, "add", rng.standard_normal((2, np.prod(node.shape))), tokens=[5, -2])
+        requests.append(Request(prompt, [edit], [_everything(t)], "all"))
+    return requests
+
+
+def _operator_requests(t: Tiny, prompt: list[int]) -> list[Request]:
+    """Each operator at each selection, with tokens, coefficients and 1-D and 2-D values in turn."""
+    rng = np.random.default_rng(4)
+    requests = []
+    for op in [*OPERATORS, _double_and_roll]:
+        for where in _selections(t):
+            tokens, n = TOKENS[len(requests) % len(TOKENS)]
+            width = _width(t, **where)
+            more: dict[str, Any] = {"coeff": round(rng.uniform(-1.5, 1.5), 3)}
+            if op not in ("scale", "zero", _double_and_roll):
+                rows = (1,) if len(requests) % 3 == 0 else (n,) if len(requests) % 3 == 1 else ()
+                more["value"] = rng.standard_normal((*rows, width))
+            if len(requests) % 4 == 3:
+                more["keep_norm"] = op != "zero"
+            edit = Edit(op=op, tokens=tokens, generated=False, **where, **more)
+            requests.append(Request(prompt, [edit], [_everything(t)], "all"))
+    return requests
+
+
+def _order_requests(t: Tiny, prompt: list[int]) -> list[Request]:
+    """Several edits that meet, in both orders."""
+    v = t.vector("resid_post.0")
+    pairs = [
+        (Edit("resid_post.1", "replace", v, tokens=4), Edit("resid_post.1", "add", v[::-1])),
+        (Edit("resid_post.0", "add", v, tokens=[4, 6]), Edit("resid_pre.1", "scale", coeff=0.5)),
+        (Edit("embed", "add", v, tokens=-1), Edit("resid_pre.0", "scale", coeff=-2.0)),
+        (
+            Edit("head_out.2", "scale", heads=[0, 1], coeff=3.0),
+            Edit("head_out.2", _double_and_roll, heads=[1, 2], tokens=slice(3, 5)),
+        ),
+        (Edit("q.1", "zero", tokens=2), Edit("mlp_out.0", "add", v, tokens=2)),
+    ]
+    out = [Request(prompt, list(p), [_everything(t)], "all") for p in pairs]
+    return out + [Request(prompt, list(p[::-1]), [_everything(t)], "all") for p in pairs]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def suite(
+    request: pytest.FixtureRequest, tiny: Callable[[str], Tiny]
+) -> tuple[Tiny, list[Request], list[Any]]:
+    """A model, many requests (the first without edits), and what the oracle says to each."""
+    t = tiny(request.param)
+    prompt = t.prompt(N_TOKENS)
+    requests = [Request(prompt, captures=[_everything(t)], logits="all")]
+    thin = 3 if t.name in ("llama-tied", "gemma2") else 1  # hardly other than their siblings
+    requests += _site_requests(t, prompt)
+    requests += _operator_requests(t, prompt)[::thin] + _order_requests(t, prompt)[::thin]
+    return t, requests, [expected(t.oracle, r) for r in requests]
+
+
+def _check_all(
+    t: Tiny, requests: list[Request], results: list[Result], wants: list[Any], atol: float
+) -> None:
+    for request, result, want in zip(requests, results, wants, strict=True):
+        check(result, request, t.oracle, want)
+        assert check_untouched(result, results[0], want, wants[0], atol=atol) > 1000
+
+
+def test_all_sites_are_tried(suite: Any) -> None:
+    t, requests, _ = suite
+    n = t.oracle.n_layer
+    everywhere = {Site(x) for x in ("embed", "final_norm", "logits")} | {
+        Site(x, i) for x in LAYERED for i in range(n)
+    }
+    assert set(t.model.topology.sites) == everywhere
+    assert {r.edits[0].site for r in requests[1 : 1 + len(everywhere)]} == everywhere
+
+
+def test_in_one_batch(suite: Any) -> None:
+    t, requests, wants = suite
+    _check_all(t, requests, t.model.run(requests), wants, ELSEWHERE)
+
+
+def _third(t: Tiny, *lists: list[Any]) -> list[list[Any]]:
+    """The first and a third of the rest; every third is some model's."""
+    start = 1 + list(CASES).index(t.name) % 3
+    return [[x[0], *x[start::3]] for x in lists]
+
+
+def test_one_by_one(suite: Any) -> None:
+    t, requests, wants = suite
+    requests, wants = _third(t, requests, wants)
+    _check_all(t, requests, [t.model.run([r])[0] for r in requests], wants, UNTOUCHED)
+
+
+def test_in_small_micro_batches(
+    suite: Any, reopen: Callable[..., Tiny], five_rows: None, decoded: list[int]
+) -> None:
+    t, requests, wants = suite
+    requests, wants = _third(t, requests, wants)
+    t = reopen(t)
+    results = [t.model.run([r])[0] for r in requests]
+    assert max(decoded) == 5
+    _check_all(t, requests, results, wants, UNTOUCHED)
+
+
+def test_functions_see_the_selected_rows_and_cannot_harm_them(llama: Tiny) -> None:
+    prompt, seen = llama.prompt(6), []
+
+    def spoil(h: np.ndarray) -> np.ndarray:
+        seen.append(h.shape)
+        h[:] = np.nan
+        return np.ones((len(h), h.shape[1]))  # float64 is fine
+
+    edit = Edit("head_out.1", spoil, tokens=[1, 4], heads=[2, 0, 5])
+    result = llama.model.run([Request(prompt, [edit], [Capture("head_out.1")])])[0]
+    assert seen == [(2, 24)]
+    rows = result["head_out.1"].reshape(6, 6, 8)
+    assert (rows[[1, 4]][:, [0, 2, 5]] == 1).all()
+    assert (rows != 1).sum() == rows.size - 2 * 24
+
+
+def test_an_edit_of_no_tokens_changes_nothing(llama: Tiny) -> None:
+    prompt, v = llama.prompt(), llama.vector()
+    for tokens in ([], slice(0, 0), slice(99, None)):
+        edit = Edit("resid_post.1", "add", v, tokens=tokens)
+        clean, result = (llama.model.run([Request(prompt, e)])[0] for e in ([], [edit]))
+        np.testing.assert_array_equal(result.logits, clean.logits)
+
+
+def test_the_mean_of_rows_is_taken_once() -> None:
+    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
+    h = np.zeros((2, 4), np.float32)
+    Edit("resid_post.0", "mean", rows).apply(h, np.array([1]), np.array([0]))
+    np.testing.assert_array_equal(h, [[0, 0, 0, 0], [4, 5, 6, 7]])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"op": "ad", "value": [1.0]}, "unknown operator 'ad'; known: replace, add"),
+        ({"op": "add"}, "operator 'add' needs a value"),
+        ({"op": "zero", "value": [1.0]}, "operator 'zero' takes no value"),
+        ({"op": 3}, "neither an operator's name nor a function: 3"),
+        ({"op": "scale", "coeff": float("nan")}, "coefficient nan is not a finite number"),
+        ({"op": "scale", "coeff": -np.inf}, "coefficient -inf"),
+        ({"op": "add", "value": 1.0}, r"1 or 2 axes, not shape \(\)"),
+        ({"op": "add", "value": np.ones((1, 2, 3))}, r"1 or 2 axes, not shape \(1, 2, 3\)"),
+        (
+            {"op": "add", "value": [1.0, np.nan]},
+            "value of the edit at q.1 has numbers that are not",
+        ),
+        ({"op": "project_out", "value": [0.0, 0.0]}, "direction of the edit at q.1 is zero"),
+        ({"op": "cap", "value": [[1.0], [0.0]]}, "direction of the edit at q.1 is zero"),
+    ],
+)
+def test_an_edit_that_makes_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Edit("q.1", **options)
+
+
+#: what does not fit the model (llama: 3 blocks, n_embd 48, 6 heads and 2 key heads of 8; 12 tokens)
+MISFITS: list[tuple[dict[str, Any], type[UsageError], str]] = [
+    ({"site": "l_uot-1", "op": "zero"}, SiteError, "unknown site 'l_uot-1'; did you mean l_out"),
+    (
+        {"site": "l_out-3", "op": "zero"},
+        RangeError,
+        "'l_out-3': layer 3 is out of range; .* 0 to 2",
+    ),
+    ({"site": "l_out", "op": "zero"}, SiteError, "'l_out' means 3 sites where one is needed"),
+    (
+        {"op": "add", "value": np.ones(47)},
+        UsageError,
+        "resid_post.1 has rows of 48 .* value has 47",
+    ),
+    ({"op": "zero", "tokens": 12}, RangeError, "token index 12 .* has 12 tokens, 0 to 11"),
+    ({"op": "zero", "tokens": [0, -13]}, RangeError, "token index -13"),
+    ({"op": "zero", "dims": [48]}, RangeError, "dimension 48 .* resid_post.1 has 0 to 47"),
+    ({"op": "zero", "heads": [0]}, UsageError, "resid_post.1 has no heads; heads are at q, k, v"),
+    (
+        {"site": "head_out.1", "op": "zero", "heads": [6]},
+        RangeError,
+        "head 6 .* head_out.1 has 0 to 5",
+    ),
+    ({"site": "q.0", "op": "zero", "heads": [-1]}, RangeError, "head -1 .* q.0 has 0 to 5"),
+    ({"site": "k.0", "op": "zero", "heads": [2]}, RangeError, "head 2 .* k.0 has 0 to 1"),
+    ({"site": "v.0", "op": "zero", "heads": [0], "dims": [8]}, RangeError, "dimension 8 .* 0 to 7"),
+    (
+        {"site": "v.0", "op": "add", "heads": [0, 1], "value": np.ones(15)},
+        UsageError,
+        "v.0 has rows of 16 here, the edit's value has 15",
+    ),
+    (
+        {"op": "add", "value": np.ones((2, 48)), "tokens": [1, 2, 3]},
+        UsageError,
+        "selects 3 tokens but has 2 rows of value",
+    ),
+    (
+        {"op": "add", "value": np.ones((2, 48)), "tokens": [1, 2], "generated": True},
+        UsageError,
+        "an edit of generated tokens at resid_post.1 takes one row, not 2",
+    ),
+    (
+        {"site": "attn_pattern.0", "op": "add", "value": np.ones(6)},
+        UsageError,
+        "attn_pattern takes zero, scale or a function, not a value",
+    ),
+    (
+        {"site": "attn_pattern.0", "op": "zero", "dims": [0]},
+        UsageError,
+        "attn_pattern takes no dims",
+    ),
+    ({"site": "attn_pattern.0", "op": "zero", "heads": [6]}, RangeError, "head 6 .* has 0 to 5"),
+    (
+        {"op": lambda h: h[:, :2]},
+        UsageError,
+        r"function at resid_post.1 made \(12, 2\) of .*\(12, 48\)",
+    ),
+    ({"op": lambda h: h * np.inf}, UsageError, "resid_post.1 makes numbers that are not finite"),
+    (
+        {"site": "attn_pattern.2", "op": lambda h: h + np.nan},
+        UsageError,
+        "attn_pattern.2 makes numbers that are not finite",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), MISFITS)
+def test_an_edit_that_does_not_fit_the_model(
+    llama: Tiny, options: dict[str, Any], error: type[UsageError], message: str
+) -> None:
+    clean = Request(llama.prompt(N_TOKENS), captures=[Capture("l_out")], logits="all")
+    edit = Edit(**{"site": "resid_post.1", **options})
+    with pytest.raises(error, match=message) as caught:
+        llama.model.run([clean, Request(clean.tokens, [edit])])
+    assert type(caught.value) is error
+    check(llama.model.run([clean])[0], clean, llama.oracle)  # the model works afterwards
+
+
+def test_numbers_that_are_not_finite_stay_out_of_the_cache(llama: Tiny) -> None:
+    """They would turn masked cells into NaN for every sequence that comes after."""
+    wild = Edit("k.0", lambda h: h / 0.0)
+    with pytest.raises(UsageError), np.errstate(all="ignore"):
+        llama.model.run([Request(llama.prompt(40), [wild])])
+    request = Request(llama.prompt(5), captures=[Capture("resid_post")])
+    check(llama.model.run([request])[0], request, llama.oracle)
+
+
+def test_the_logits_may_be_minus_infinity(llama: Tiny) -> None:
+    def ban(h: np.ndarray) -> np.ndarray:
+        h[:, 40:] = -np.inf
+        return h
+
+    request = Request(llama.prompt(), [Edit("logits", ban)], n_predict=3, stop_at_eog=False)
+    result = llama.model.run([request])[0]
+    assert max(result.tokens) < 40
+    assert np.isneginf(result.logits[:, 40:]).all()
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("of mine"), KeyError("x"), SystemExit(3)])
+def test_what_a_function_raises_comes_out_as_it_is(llama: Tiny, error: BaseException) -> None:
+    def fail(h: np.ndarray) -> np.ndarray:
+        raise error
+
+    clean = Request(llama.prompt(), captures=[Capture("l_out")], n_predict=3)
+    failing = Request(clean.tokens, [Edit("mlp_out.1", fail, tokens=-1)])
+    with pytest.raises(type(error)) as caught:
+        llama.model.run([clean, failing])
+    assert caught.value is error
+    check(llama.model.run([clean])[0], clean, llama.oracle)
+
+
+@pytest.mark.parametrize("site", ["embed", "q.1", "logits"])
+def test_ctrl_c_ends_the_run(llama: Tiny, site: str) -> None:
+    calls = []
+
+    def interrupted(h: np.ndarray) -> np.ndarray:
+        calls.append(len(h))
+        signal.raise_signal(signal.SIGINT)
+        return h
+
+    clean = Request(llama.prompt(), captures=[Capture("l_out")])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        llama.model.run([Request(clean.tokens, [Edit(site, interrupted)], n_predict=5)])
+    assert len(calls) == 1
+    assert signal.getsignal(signal.SIGINT) is before
+    check(llama.model.run([clean])[0], clean, llama.oracle)
