@@ -7,7 +7,6 @@ pages are the ones that llama.cpp has mapped already.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from mia._ggml import FileTensor, dequantize, file_tensors, type_bytes
 from mia.errors import ModelError
+from mia.gguf_file import split_parts
 
 Array = npt.NDArray[np.float32]
 
@@ -25,7 +25,7 @@ class Weights:
     def __init__(self, path: Path):
         self._where: dict[str, tuple[Path, FileTensor]] = {}
         self._maps: dict[Path, npt.NDArray[np.uint8]] = {}
-        for part in _parts(path):
+        for part in split_parts(path):
             for tensor in file_tensors(part):
                 self._where[tensor.name] = (part, tensor)
 
@@ -71,12 +71,3 @@ class Weights:
             return self._where[name]
         except KeyError:
             raise ModelError(f"the model has no tensor {name!r}") from None
-
-
-def _parts(path: Path) -> list[Path]:
-    """All files of a split model, which llama.cpp opens by the first."""
-    m = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
-    if m is None:
-        return [path]
-    n = int(m[2])
-    return [path.with_name(f"{m[1]}-{i:05d}-of-{n:05d}.gguf") for i in range(1, n + 1)]

@@ -20,7 +20,7 @@ import gguf
 import numpy as np
 import pytest
 
-from mia import registry
+from mia import gguf_file, registry
 from mia.errors import ModelError
 from mia.registry import ModelSpec, check_gguf, config_files, list_models, pull, resolve
 
@@ -147,7 +147,7 @@ def entry(home: Path, text: str) -> ModelSpec:
 
 def test_every_key(home: Path) -> None:
     text = 'repo = "o/r"\nfile = "q8/m.gguf"\nrevision = "v1"\nctx = 512\ngpu_layers = -1\n'
-    text += 'bos = false\nbos_token = "<s>"\nchat_template = "{{ x }}"\nkv_type = "q8_0"\n'
+    text += 'bos = false\nbos_token = "<s>"\nchat_template = "{{ x }}"\nkv_type = "bf16"\n'
     assert entry(home, text) == ModelSpec(
         name="x",
         path=None,
@@ -159,7 +159,7 @@ def test_every_key(home: Path) -> None:
         bos=False,
         bos_token="<s>",
         chat_template="{{ x }}",
-        kv_type="q8_0",
+        kv_type="bf16",
         source=str(home / "work/models.toml"),
     )
 
@@ -409,7 +409,7 @@ def test_importing_stays_cheap() -> None:
 
 
 def test_block_sizes_are_those_of_gguf_py() -> None:
-    ours = registry._BLOCKS
+    ours = gguf_file._BLOCKS
     theirs = {kind.value: sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
     assert {kind: ours[kind] for kind in theirs} == theirs
 
