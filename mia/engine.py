@@ -387,10 +387,11 @@ class _Generation:
         else:
             token = self.sampler.sample(context, batch_row)
         result = self.job.result
-        top = logits.max()
-        result.logprobs.append(
-            float(logits[token] - top - np.log(np.exp(logits - top).sum(dtype=np.float64)))
-        )
+        # relative to the token chosen; a sampled one may lie far below the best
+        top = logits[token] if self.job.request.sampling.plain else logits.max()
+        scores = logits - top
+        np.exp(scores, out=scores)
+        result.logprobs.append(float(logits[token] - top - np.log(scores.sum())))
         result.tokens.append(token)
         ended = self.job.request.stop_at_eog and is_eog(token)
         return ended or len(result.tokens) >= self.job.request.n_predict

@@ -7,7 +7,7 @@
 | `attn_norm.i`    | `attn_norm-i`     | `blocks.i.ln1.hook_normalized`   | n_embd                   |
 | `q.i`            | `Qcur-i`          | `blocks.i.attn.hook_q`           | n_head × head_dim        |
 | `k.i`, `v.i`     | `Kcur-i`, `Vcur-i`| `blocks.i.attn.hook_k`, `…_v`    | n_head_kv × head_dim     |
-| `attn_scores.i`  |                   | `blocks.i.attn.hook_attn_scores` | n_head × n_key           |
+| `attn_scores.i`  | `kq-i` **         | `blocks.i.attn.hook_attn_scores` | n_head × n_key           |
 | `attn_pattern.i` | `kq_soft_max-i`   | `blocks.i.attn.hook_pattern`     | n_head × n_key           |
 | `head_out.i`     | `kqv_out-i` *     | `blocks.i.attn.hook_z`           | n_head × head_dim        |
 | `attn_out.i`     | `attn_out-i`      | `blocks.i.hook_attn_out`         | n_embd                   |
@@ -19,9 +19,10 @@
 | `logits`         | `result_output`   |                                  | n_vocab                  |
 
 Layers count from zero; `resid_post.i` is the output of block i. `q` and `k` are
-taken after the rotary embedding; `attn_scores` are what the softmax turns into
-`attn_pattern` (scaled, soft-capped where the model does that, before the causal mask); `attn_norm` and `mlp_norm` with their weight
-(and bias) applied. (*) In today's llama.cpp `kqv_out` is the concatenated heads
+taken after the rotary embedding; `attn_norm` and `mlp_norm` with their weight (and
+bias) applied; `attn_scores` are what the softmax, behind the mask, turns into
+`attn_pattern`. (**) llama.cpp's `kq` has not been scaled yet, nor soft-capped in models
+that do that; ours are both. (*) In today's llama.cpp `kqv_out` is the concatenated heads
 before W_O, in the first tools it was what attention adds to the residual;
 `READS_AS` says where a command reads it in the old sense.
 
@@ -44,7 +45,7 @@ _LAYERED: dict[str, tuple[tuple[str, ...], str]] = {
     "q": (("Qcur",), "attn.hook_q"),
     "k": (("Kcur",), "attn.hook_k"),
     "v": (("Vcur",), "attn.hook_v"),
-    "attn_scores": ((), "attn.hook_attn_scores"),
+    "attn_scores": (("kq",), "attn.hook_attn_scores"),
     "attn_pattern": (("kq_soft_max",), "attn.hook_pattern"),
     "head_out": (("kqv_out",), "attn.hook_z"),
     "attn_out": (("attn_out",), "hook_attn_out"),

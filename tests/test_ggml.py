@@ -337,3 +337,9 @@ def test_a_context_that_cannot_be_is_an_engine_error(
     check(t.model.run([Request([1, 2])])[0], Request([1, 2]), t.oracle)
     assert isinstance(next(iter(t.model._sessions.values())).context, Context)
     assert Site("logits") in t.model.topology.sites
+
+
+def test_the_registry_and_the_library_know_the_same_cache_types() -> None:
+    from mia import registry
+
+    assert set(registry.KV_TYPES) == set(_ggml.GGML_TYPES)

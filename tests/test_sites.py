@@ -24,7 +24,7 @@ SPELLINGS = [
     ("q.2", "Qcur-2", "blocks.2.attn.hook_q"),
     ("k.2", "Kcur-2", "blocks.2.attn.hook_k"),
     ("v.2", "Vcur-2", "blocks.2.attn.hook_v"),
-    ("attn_scores.2", None, "blocks.2.attn.hook_attn_scores"),
+    ("attn_scores.2", "kq-2", "blocks.2.attn.hook_attn_scores"),
     ("attn_pattern.2", "kq_soft_max-2", "blocks.2.attn.hook_pattern"),
     ("head_out.2", "kqv_out-2", "blocks.2.attn.hook_z"),
     ("attn_out.2", "attn_out-2", "blocks.2.hook_attn_out"),

@@ -30,6 +30,8 @@ MODEL, PROMPT, GENERATION, CHANGES, OUTPUT = (
 
 #: options that take several words each time they are given; typer has none of these
 _SEVERAL = {"--patch": 4, "--save": 2}
+#: and one whose first word tells how many there are
+_BY_FIRST = {"--ablate-with": {"mean": 2, "resample-from": 2}}
 _JOINT = "\x1f"
 
 
@@ -43,6 +45,8 @@ class _Command(typer.core.TyperCommand):
             word = rest.pop(0)
             out.append(word)
             n = _SEVERAL.get(word)
+            if word in _BY_FIRST and rest:
+                n = _BY_FIRST[word].get(rest[0], 1)
             if n is not None and any(word in p.opts for p in self.params):
                 values, rest = rest[:n], rest[n:]
                 if len(values) < n:
@@ -154,6 +158,44 @@ class ChangeOptions:
         str | None,
         _option("--ablate", help="Heads to silence, as LAYER.HEAD: 3.5,4.0,7.*", panel=CHANGES),
     ] = None
+    select: Annotated[
+        str | None,
+        _option(
+            "--select", help="Heads to keep; the others of their layers are silenced.", panel=CHANGES
+        ),
+    ] = None
+    ablate_with: Annotated[
+        str | None,
+        _option(
+            "--ablate-with",
+            help="What silenced heads give instead: zero; mean FILE (of a capture of head_out); resample "
+            "(what they give at other tokens of the prompt); resample-from FILE.",
+            panel=CHANGES,
+            metavar="zero|mean FILE|resample",
+        ),
+    ] = None
+    ablate_attention: Annotated[
+        bool,
+        _option(
+            "--ablate-attention",
+            help="Silence heads at their attention weights, not at head_out (turns flash attention off).",
+            panel=CHANGES,
+        ),
+    ] = False
+    ablate_seed: Annotated[
+        int, _option("--ablate-seed", help="Of resampling.", panel=CHANGES, min=0)
+    ] = 0
+    block: Annotated[
+        list[str] | None,
+        _option(
+            "--block",
+            help='QUERIES->KEYS: these tokens may not look at those, like "5->0", "3..7->0,1", "5..->0" (5 and '
+            'all after it); "5->0@2..4" in some layers, "5->0@3.2,4.*" in some heads. Several times; '
+            "turns flash attention off.",
+            panel=CHANGES,
+            metavar="QUERIES->KEYS",
+        ),
+    ] = None
     steer: Annotated[
         list[str] | None,
         _option("--steer", help="A vector file to add while running.", panel=CHANGES),
@@ -178,6 +220,18 @@ class OutputOptions:
     )
 
 
+@functools.cache
+def _unfolded(group: type) -> list[inspect.Parameter]:
+    """A dataclass's fields as parameters; most commands have the same groups."""
+    types = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name]
+        )
+        for f in fields(group)
+    ]
+
+
 def command(
     app: typer.Typer, **settings: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -196,16 +250,7 @@ def command(
             p = p.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY)
             (required if p.default is inspect.Parameter.empty else optional).append(p)
         for group in groups.values():
-            types = get_type_hints(group, include_extras=True)
-            for f in fields(group):
-                optional.append(
-                    inspect.Parameter(
-                        f.name,
-                        inspect.Parameter.KEYWORD_ONLY,
-                        default=f.default,
-                        annotation=types[f.name],
-                    )
-                )
+            optional.extend(_unfolded(group))
 
         @functools.wraps(function)
         def call(**values: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mia.cli._options import (
+    _JOINT,
     ChangeOptions,
     GenerationOptions,
     ModelOptions,
@@ -20,7 +21,10 @@ from mia.errors import FileError, RangeError, UsageError
 from mia.sites import parse_layers, parse_many, reads_as_attn_out
 
 if TYPE_CHECKING:
-    from mia.edits import Edit
+    from collections.abc import Callable
+
+    from mia.edits import Edit, Tokens
+    from mia.methods.ablation import Heads
     from mia.model import Model
     from mia.request import Sampling
 
@@ -174,28 +178,75 @@ def patch_edits(
     return edits
 
 
-def ablation_edits(model: Model, text: str) -> list[Edit]:
-    """`3.5,4.0,7.*`: these heads give nothing, at every token."""
-    from mia.edits import Edit
+def ablation_edits(model: Model, o: ChangeOptions, tokens: list[int]) -> list[Edit]:
+    """Edits of --ablate, --select and what goes with them."""
+    from mia.methods import ablation
+
+    heads: dict[int, set[int]] = {}
+    sizes = (model.n_layer, model.n_head)
+    if o.ablate is not None:
+        for layer, h in ablation.parse_heads(o.ablate, *sizes, "--ablate").items():
+            heads.setdefault(layer, set()).update(h)
+    if o.select is not None:
+        kept = ablation.parse_heads(o.select, *sizes, "--select")
+        for layer, h in ablation.all_but(kept, model.n_head).items():
+            heads.setdefault(layer, set()).update(h)
+    if not heads:
+        if o.ablate_with is not None or o.ablate_attention:
+            raise UsageError("--ablate-with and --ablate-attention need --ablate or --select")
+        return []
+    return head_changer(model, o, tokens, sorted(heads))({i: sorted(heads[i]) for i in sorted(heads)})
+
+
+def head_changer(
+    model: Model, o: ChangeOptions, tokens: list[int], layers: list[int], at: Tokens = None
+) -> Callable[[Heads], list[Edit]]:
+    """From heads to the edits that silence them as --ablate-with and --ablate-attention say."""
+    import numpy as np
+
+    from mia import captures
+    from mia.methods import ablation
     from mia.sites import Site
 
-    by_layer: dict[int, list[int]] = {}
-    for part in text.split(","):
-        layers, _, heads = part.strip().rpartition(".")
-        if not layers or not re.fullmatch(r"\*|\d+", heads):
-            raise UsageError(f"--ablate {text!r}: {part!r} is not LAYER.HEAD, like 3.5 or 7.*")
-        for layer in parse_layers(layers, model.n_layer, f"--ablate {text}"):
-            if heads != "*" and int(heads) >= model.n_head:
-                raise RangeError(
-                    f"--ablate {text!r}: head {heads} is out of range; 0 to {model.n_head - 1}"
-                )
-            by_layer.setdefault(layer, []).extend(
-                range(model.n_head) if heads == "*" else [int(heads)]
-            )
-    return [
-        Edit(Site("head_out", layer), "zero", heads=sorted(set(h)))
-        for layer, h in sorted(by_layer.items())
+    how, *files = (o.ablate_with or "zero").split(_JOINT)
+    known = ("zero", "mean FILE", "resample", "resample-from FILE")
+    if how not in {k.split()[0] for k in known}:
+        raise UsageError(f"--ablate-with {how!r} is not known; known: {', '.join(known)}")
+    if o.ablate_attention:
+        if how != "zero":
+            raise UsageError(f"--ablate-attention zeroes the attention weights; it takes no {how}")
+        return lambda heads: ablation.pattern_edits(heads, tokens=at)
+    source = None
+    if files:
+        loaded = captures.load(files[0])
+        loaded.check(model)
+        source = {layer: loaded.rows(Site("head_out", layer)) for layer in layers}
+    elif how == "resample":
+        source = ablation.head_outputs(model, tokens, layers)
+    rng = np.random.default_rng(o.ablate_seed)
+
+    def change(heads: Heads) -> list[Edit]:
+        return ablation.head_edits(
+            model,
+            heads,
+            how=how.removesuffix("-from"),
+            source=source,
+            tokens=at,
+            n_tokens=len(tokens),
+            rng=rng,
+        )
+
+    return change
+
+
+def block_edits(model: Model, o: ChangeOptions, tokens: list[int]) -> list[Edit]:
+    """Edits of --block."""
+    from mia.methods import ablation
+
+    blocks = [
+        ablation.parse_block(text, len(tokens), model.n_layer, model.n_head) for text in o.block or []
     ]
+    return [edit for b in blocks for edit in ablation.block_edits(model, b)]
 
 
 def change_edits(
@@ -218,8 +269,8 @@ def change_edits(
         )
     touched = [i for e in edits for i in e.positions(len(tokens))]
     warn_first_tokens(model, tokens, touched, output)
-    if o.ablate is not None:
-        edits += ablation_edits(model, o.ablate)
+    edits += ablation_edits(model, o, tokens)
+    edits += block_edits(model, o, tokens)
     layers = None if o.steer_layers is None else parse_layers(o.steer_layers, model.n_layer)
     for path in o.steer or []:
         vector = vectors.load(path)

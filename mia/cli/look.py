@@ -10,9 +10,20 @@ from mia.cli import _work
 from mia.cli._options import ChangeOptions, ModelOptions, OutputOptions, PromptOptions, command
 from mia.cli._output import console, finish, model_facts, notice, on_terminal, token_list, visible
 from mia.errors import UsageError
-from mia.sites import _GLOBAL, _LAYERED, RESIDUAL, Site, parse_layers, parse_many, reads_as_attn_out
+from mia.sites import (
+    _GLOBAL,
+    _LAYERED,
+    BY_KEY,
+    HEADED,
+    RESIDUAL,
+    Site,
+    parse_layers,
+    parse_many,
+    reads_as_attn_out,
+)
 
 if TYPE_CHECKING:
+    from mia.graph import Topology
     from mia.lenses import Readout
     from mia.model import Model
 
@@ -68,7 +79,7 @@ def _sites(m: Model) -> list[dict[str, Any]]:
         layers = [s.layer for s in found if s.layer is not None]
         first, at = next(iter(found.items()))
         names, hook = (_LAYERED | _GLOBAL)[name]
-        shape: list[int | str] = [*at.shape, "n_keys"] if name == "attn_pattern" else list(at.shape)
+        shape: list[int | str] = [*at.shape, "n_keys"] if name in BY_KEY else list(at.shape)
         out.append(
             {
                 "site": name,
@@ -77,22 +88,42 @@ def _sites(m: Model) -> list[dict[str, Any]]:
                 "shape": shape,
                 "layers": [min(layers), max(layers)] if layers else None,
                 "node": topology.nodes[at.index].name,
+                "about": _about(topology, name),
             }
         )
     return out
+
+
+def _about(topology: Topology, name: str) -> str:
+    """What a site of heads is in this model; empty for the others."""
+    first = {s.name: at for s, at in reversed(topology.sites.items())}
+    if name not in (*HEADED, "attn_out") or not {"q", "k", "head_out"} <= first.keys():
+        return ""
+    n_head, width = first["head_out"].shape
+    n_kv = first["k"].shape[0] if first["k"].layout == "heads" else n_head
+    shared = f", each read by {n_head // n_kv} query heads" if n_kv < n_head else ""
+    return {
+        "q": f"{n_head} query heads of {width}, after rotation where the model has it",
+        "k": f"{n_kv} key heads of {width}{shared}",
+        "v": f"{n_kv} value heads of {width}{shared}",
+        "attn_scores": f"{n_head} heads, before mask and softmax; not with flash attention",
+        "attn_pattern": f"{n_head} heads, rows sum to 1; not with flash attention",
+        "head_out": f"{n_head} heads of {width} side by side, before W_O",
+        "attn_out": "all heads after W_O, its bias and a norm behind it where there is one",
+    }[name]
 
 
 def _print_sites(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("site", "llama.cpp", "TransformerLens", "one token's row", "layers", "node"):
+    for title in ("site", "llama.cpp", "TransformerLens", "one token's row", "layers", "node", ""):
         table.add_column(title, no_wrap=True)
     for r in rows:
         layers = "" if r["layers"] is None else "{}-{}".format(*r["layers"])
         shape = " × ".join(map(str, r["shape"]))
         table.add_row(
-            r["site"], r["llama.cpp"] or "", r["transformer_lens"], shape, layers, r["node"]
+            r["site"], r["llama.cpp"] or "", r["transformer_lens"], shape, layers, r["node"], r["about"]
         )
     _wide_console().print(table)
 
@@ -100,12 +131,15 @@ def _print_sites(rows: list[dict[str, Any]]) -> None:
 def _wide_console() -> Any:
     c = console()
     if not on_terminal():
-        c.width = 200
+        c.width = 240
     return c
 
 
 def _nodes(m: Model) -> list[dict[str, Any]]:
     topology = m.unfused_topology
+    at: dict[int, list[str]] = {}
+    for site, node in topology.sites.items():
+        at.setdefault(node.index, []).append(str(site))
     return [
         {
             "index": i,
@@ -114,6 +148,7 @@ def _nodes(m: Model) -> list[dict[str, Any]]:
             "type": n.type,
             "shape": list(n.shape),
             "sources": [topology.node(s).name for s in n.src],
+            "sites": at.get(i, []),
         }
         for i, n in enumerate(topology.nodes)
     ]
@@ -124,6 +159,7 @@ def _print_nodes(nodes: list[dict[str, Any]]) -> None:
         shape = "×".join(map(str, n["shape"]))
         print(
             f"{n['index']:5d} {n['op']:<16s} {n['type']:<5s} {shape:<16s} {n['name']:<28s} {', '.join(n['sources'])}"
+            + (f"  = {', '.join(n['sites'])}" if n["sites"] else "")
         )
 
 

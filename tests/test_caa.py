@@ -1,0 +1,198 @@
+"""Contrastive activation addition against the oracle, and its data."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Tiny
+
+from mia.errors import MiaError, UsageError
+from mia.methods import caa
+from mia.methods.caa import Item
+from mia.model import Model
+
+ITEMS = [
+    Item("The cat is red?\n\nChoices:\n (A) yes\n (B) no", "A", "B"),
+    Item("The sky is blue?\n\nChoices:\n (A) no\n (B) yes", "B", "A"),
+    Item("Paris is in Rome?\n\nChoices:\n (A) no\n (B) yes", "A", "B"),
+]
+
+
+def test_shipped_sets_are_large_enough_and_balanced() -> None:
+    assert caa.shipped() == ["agree_vs_accurate", "refuse_vs_comply"]
+    for name in caa.shipped():
+        items = caa.load_items(name)
+        assert len(items) >= 60
+        assert {i.matching for i in items} == {"A", "B"}
+        assert 0.4 < np.mean([i.matching == "A" for i in items]) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is empty"),
+        ("{}", "is empty"),
+        ("[1", "is not JSON"),
+        ('[{"question": "q"}]', "item 0: there is no text 'answer_matching_behavior'"),
+        (
+            json.dumps(
+                [
+                    {
+                        "question": "q",
+                        "answer_matching_behavior": "(A)",
+                        "answer_not_matching_behavior": "A",
+                    }
+                ]
+            ),
+            "not two letters",
+        ),
+    ],
+)
+def test_broken_items_are_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "d.json").write_text(text)
+    with pytest.raises(MiaError, match=message):
+        caa.load_items(tmp_path / "d.json")
+    with pytest.raises(MiaError, match="nor a shipped set; shipped: agree_vs_accurate"):
+        caa.load_items(tmp_path / "gone.json")
+
+
+def test_prompts_end_in_an_open_bracket_and_steering_begins_after_the_message(
+    llama: Tiny, tmp_path: Path
+) -> None:
+    plain = caa.prompt(llama.model, ITEMS[0])
+    m = llama.model
+    assert m.detokenize(plain.tokens) == f"<|endoftext|>{ITEMS[0].question}\n\nAnswer: ("
+    assert m.detokenize(plain.tokens[: plain.steered]).endswith("(B) no")
+
+    from tiny_gguf import write_tiny
+
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    path = write_tiny(tmp_path / "chat.gguf", "llama", add_bos=False, chat_template=template)
+    with Model(path, threads=1) as chat:
+        p = caa.prompt(chat, ITEMS[0])
+        text = chat.detokenize(p.tokens)
+        assert text == f"<|im_start|>user\n{ITEMS[0].question}<|im_end|>\n<|im_start|>assistant\n("
+        assert chat.detokenize(p.tokens[p.steered :]) == "<|im_end|>\n<|im_start|>assistant\n("
+        with_bos = caa.prompt(chat, ITEMS[0], bos=True)
+        assert with_bos.steered == p.steered + 1
+
+
+def _letter(t: Tiny, letter: str) -> int:
+    return t.model.token_id(letter)
+
+
+def test_the_vector_is_the_mean_difference_at_the_letter(case: Tiny) -> None:
+    got = caa.train(case.model, ITEMS, name="b")
+    assert got.metadata["n_items"] == "3" and got.name == "b"
+    for layer in got.layers:
+        deltas = []
+        for item in ITEMS:
+            begun = caa.prompt(case.model, item).tokens
+            a, b = (
+                case.oracle.run([*begun, _letter(case, x)])[f"resid_post.{layer}"][-1]
+                for x in (item.matching, item.other)
+            )
+            deltas.append(a - b)
+        np.testing.assert_allclose(got[layer], np.mean(deltas, 0), atol=1e-4)
+    with pytest.raises(UsageError, match="no items"):
+        caa.train(case.model, [])
+
+
+def test_equal_norms(llama: Tiny) -> None:
+    a, b = caa.train(llama.model, ITEMS[:1]), caa.train(llama.model, ITEMS[1:])
+    x, y = caa.equal_norms([a, b])
+    for i in a.layers:
+        want = (a.norms[i] + b.norms[i]) / 2
+        assert x.norms[i] == pytest.approx(want, rel=1e-5)
+        assert y.norms[i] == pytest.approx(want, rel=1e-5)
+        assert x.cosine(a)[i] == pytest.approx(1, abs=1e-5)
+    with pytest.raises(UsageError, match="unequal layers"):
+        caa.equal_norms([a, b.at([1])])
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_table_is_the_oracles(llama: Tiny, together: bool) -> None:
+    v = caa.train(llama.model, ITEMS)
+    layers, factors = [1, 0], [-2.0, 2.0]
+    table = caa.evaluate(
+        llama.model, v, ITEMS, layers=layers, multipliers=factors, together=together
+    )
+    groups = [layers] if together else [[1], [0]]
+    assert table.layers == [g[0] for g in groups] and table.p.shape == (len(groups), 2, 3)
+    for k, item in enumerate(ITEMS):
+        p = caa.prompt(llama.model, item)
+        ids = [_letter(llama, item.matching), _letter(llama, item.other)]
+
+        def share(edits: dict, p: caa.Prompt = p, ids: list[int] = ids) -> float:
+            x = llama.oracle.run(p.tokens, edits)["logits"][-1][ids]
+            return float(1 / (1 + np.exp(x[1] - x[0])))
+
+        assert table.plain[k] == pytest.approx(share({}), abs=1e-5)
+        for i, group in enumerate(groups):
+            for j, c in enumerate(factors):
+                edits = {}
+                for layer in group:
+
+                    def add(
+                        x: np.ndarray, layer: int = layer, c: float = c, p: caa.Prompt = p
+                    ) -> np.ndarray:
+                        x[p.steered :] += c * v[layer]
+                        return x
+
+                    edits[f"resid_post.{layer}"] = add
+                assert table.p[i, j, k] == pytest.approx(share(edits), abs=1e-4)
+    change = table.change(table.layers[0], 2.0, np.random.default_rng(0))
+    assert change.mean == pytest.approx(float((table.p[0, 1] - table.plain).mean()))
+    assert change.low <= change.mean <= change.high
+
+
+TEXTS = [
+    Item("The cat is red?\n\nChoices:\n (A) yes and yes\n (B) no", "A", "B"),
+    Item("The sky is blue?\n\nChoices:\n (A) no and\n (B) yes", "B", "A"),
+]
+
+
+def test_by_text_the_answers_themselves_are_read(llama: Tiny) -> None:
+    m, got = llama.model, caa.train(llama.model, TEXTS, by_text=True)
+    head = "The cat is red?\n\nAnswer:"
+    assert caa.choices(TEXTS[1]) == ("The sky is blue?", "yes", "no and")
+    begun = m.tokenize(head)
+    p = caa.prompt(m, TEXTS[0], by_text=True)
+    assert p.tokens == begun and m.detokenize(begun[: p.steered]).endswith("red?")
+    for layer in got.layers:
+        deltas = []
+        for head, a, b in map(caa.choices, TEXTS):
+            n = len(m.tokenize(f"{head}\n\nAnswer:"))
+            site = f"resid_post.{layer}"
+            x, y = (
+                llama.oracle.run(m.tokenize(f"{head}\n\nAnswer: {t}"))[site][n:].mean(0)
+                for t in (a, b)
+            )
+            deltas.append(x - y)
+        np.testing.assert_allclose(got[layer], np.mean(deltas, 0), atol=1e-4)
+    with pytest.raises(UsageError, match=r"lists no choices \(A\) and \(B\)"):
+        caa.train(m, [Item("no choices", "A", "B")], by_text=True)
+
+
+def test_by_text_the_answers_themselves_are_scored(llama: Tiny) -> None:
+    m, v = llama.model, caa.train(llama.model, TEXTS)
+    table = caa.evaluate(m, v, TEXTS, layers=[1], multipliers=[2.0], by_text=True)
+    for k, item in enumerate(TEXTS):
+        head, *texts = caa.choices(item)
+        begun = caa.prompt(m, item, by_text=True)
+        n = len(begun.tokens)
+
+        def add(x: np.ndarray, at: int = begun.steered) -> np.ndarray:
+            x[at:] += 2 * v[1]
+            return x
+
+        for edits, got in ((None, table.plain[k]), ({"resid_post.1": add}, table.p[0, 0, k])):
+            means = []
+            for text in texts:
+                ids = m.tokenize(f"{head}\n\nAnswer: {text}")
+                x = llama.oracle.run(ids, edits)["logits"]
+                x = x - np.log(np.exp(x).sum(-1, keepdims=True))
+                means.append(np.mean([x[i - 1, ids[i]] for i in range(n, len(ids))]))
+            want = np.exp(means[0]) / np.exp(means).sum()
+            assert got == pytest.approx(want, abs=1e-4)

@@ -1,0 +1,82 @@
+"""Hooks: a subclass changes and reads what the oracle says it should."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from conftest import Tiny
+from reference import TOLERANCE, UNTOUCHED
+
+from mia import Hook
+from mia.errors import SiteError
+from mia.request import Request
+from mia.sites import Site
+
+
+def test_everything_in_one_line(case: Tiny) -> None:
+    prompt = case.prompt()
+    seen = Hook("all").look(case.model, prompt)
+    assert set(seen) == set(case.model.topology.sites)
+    truth = case.oracle.run(prompt)
+    for site, rows in seen.items():
+        np.testing.assert_allclose(rows, truth[str(site)], atol=TOLERANCE, err_msg=str(site))
+
+
+class Halve(Hook):
+    sites = "mlp_out.1"
+    tokens = -1
+
+    def change(self, site: Site, rows: np.ndarray) -> np.ndarray:
+        assert site == Site("mlp_out", 1)
+        return rows / 2
+
+
+def test_a_change_is_an_edit_and_touches_nothing_else(llama: Tiny) -> None:
+    prompt = llama.prompt()
+    request = Request(prompt, logits="all")
+    hook = Halve()
+    assert not hook.captures(llama.model)
+    changed, plain = hook.run(llama.model, [request])[0], llama.model.run([request])[0]
+
+    def halved(x: np.ndarray) -> np.ndarray:
+        x[-1] /= 2
+        return x
+
+    truth = llama.oracle.run(prompt, {"mlp_out.1": halved})
+    np.testing.assert_allclose(changed.logits, truth["logits"], atol=TOLERANCE)
+    np.testing.assert_allclose(changed.logits[:-1], plain.logits[:-1], atol=UNTOUCHED)
+    assert hook.edits(llama.model)[0] is hook.edits(llama.model)[0]
+    assert hook.look(llama.model, prompt) == {}
+
+
+class Watch(Halve):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, np.ndarray]] = []
+
+    def read(self, index: int, seen: Mapping[Site, np.ndarray]) -> None:
+        self.seen.append((index, seen[Site("mlp_out", 1)]))
+
+
+def test_a_hook_may_do_both_and_reads_what_it_changed(llama: Tiny) -> None:
+    prompts = [llama.prompt(seed=s) for s in (1, 2, 3)]
+    hook = Watch()
+    hook.run(llama.model, [Request(p, logits=None) for p in prompts])
+    assert [i for i, _ in hook.seen] == [0, 1, 2]
+    for (_, rows), prompt in zip(hook.seen, prompts, strict=True):
+        truth = llama.oracle.run(prompt)["mlp_out.1"][-1:] / 2
+        np.testing.assert_allclose(rows, truth, atol=TOLERANCE)
+
+
+def test_where_a_hook_is_can_be_given(llama: Tiny) -> None:
+    prompt = llama.prompt()
+    seen = Hook(["l_out-1", "embed"], tokens=[0, -1]).look(llama.model, prompt)
+    assert [str(s) for s in seen] == ["resid_post.1", "embed"]
+    np.testing.assert_allclose(
+        seen[Site("resid_post", 1)],
+        llama.oracle.run(prompt)["resid_post.1"][[0, -1]],
+        atol=TOLERANCE,
+    )
+    assert len(Hook().look(llama.model, "The cat")) == llama.model.n_layer
+    with pytest.raises(SiteError, match="unknown site 'l_outt'"):
+        Hook("l_outt").look(llama.model, prompt)
