@@ -317,7 +317,9 @@ class Model:
         share = not self._llama.recurrent
         session_edits = edit_table(jobs)
         budget = self._budget(jobs)
-        session = self._session(bool(sites), self._wants_flash(sites), budget)
+        # what is there for many sequences costs a single one a hundredth of each token
+        n_seq = MAX_SEQ if share and len(jobs) > 1 else 1
+        session = self._session(bool(sites), self._wants_flash(sites), budget, n_seq)
         if sites:
             self._check_shapes(session, jobs)
         roots = build(
@@ -332,7 +334,7 @@ class Model:
             session_edits,
             sites=sites,
             budget=budget,
-            max_seq=MAX_SEQ if share else 1,
+            max_seq=n_seq,
             is_eog=self._llama.is_eog,
             on_done=on_done,
             make_sampler=lambda job: _sampler(self._llama, job.request.sampling),
@@ -385,9 +387,8 @@ class Model:
             for buffer, prompt_tokens, _ in job.buffers:
                 for site in buffer.sites:
                     at = session.site(site)
-                    if (
-                        not prompt_tokens
-                    ):  # perhaps no row will come; the width is known all the same
+                    if not prompt_tokens:
+                        # perhaps no row will come; the width is known all the same
                         pattern = site.name in BY_KEY
                         shape = (
                             (at.shape[0], buffer.n_keys) if pattern else (int(np.prod(at.shape)),)
@@ -413,21 +414,24 @@ class Model:
             return False
         return self.kv_type != "f32" if self._flash is None else self._flash
 
-    def _session(self, callback: bool, flash: bool, budget: int) -> Session:
+    def _session(self, callback: bool, flash: bool, budget: int, n_seq: int = 1) -> Session:
         """A context that is large enough; kept between runs, grown when it must be."""
         key = (callback, flash)
         cells = -(-budget // 256) * 256
         found = self._sessions.pop(key, None)
-        if found is not None and found.context.params.n_ctx < cells:
-            found.close()
-            found = None
+        if found is not None:
+            old = found.context.params
+            if old.n_ctx < cells or old.n_seq < n_seq:
+                cells, n_seq = max(cells, old.n_ctx), max(n_seq, old.n_seq)
+                found.close()
+                found = None
         if found is None:
             while len(self._sessions) >= 2:
                 self._sessions.pop(next(iter(self._sessions))).close()
             params = _ggml.ContextParams(
                 n_ctx=cells,
                 n_ubatch=min(_UBATCH, cells),
-                n_seq=1 if self._llama.recurrent else MAX_SEQ,
+                n_seq=n_seq,
                 flash=flash,
                 kv_type=self.kv_type,
                 threads=self.threads,

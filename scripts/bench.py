@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 from bench_heads import heads
+from bench_steer import steering
+from bench_tasks import tasks
 
 from mia import _ggml, _probe
 from mia.edits import Edit
@@ -295,7 +297,15 @@ def process(bench: Bench) -> None:
     bench.add("mia --help", [s for s, _ in helps], unit="s", target=0.3, **at_most)
 
 
-GROUPS = {"engine": engine, "heads": heads, "steer": steer, "lens": lens, "process": process}
+GROUPS = {
+    "engine": engine,
+    "heads": heads,
+    "steer": steer,
+    "steering": steering,
+    "tasks": tasks,
+    "lens": lens,
+    "process": process,
+}
 
 
 # ---------------------------------------------------------------------------
