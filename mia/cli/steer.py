@@ -1,0 +1,279 @@
+"""steer: run a prompt with vectors pushed in, beside the unsteered run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mia.cli import _work
+from mia.cli._options import (
+    CHANGES,
+    GenerationOptions,
+    ModelOptions,
+    OutputOptions,
+    PromptOptions,
+    command,
+)
+from mia.cli._output import finish, model_facts, notice, progress, token_list
+from mia.cli._vectors import layer_list, load_vector, numbers
+from mia.cli.run import BaselineOption
+from mia.errors import UsageError
+
+if TYPE_CHECKING:
+    from mia.edits import Edit, Tokens
+    from mia.model import Model
+    from mia.request import Result, Sampling
+
+
+def _change(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=CHANGES)
+
+
+def register(app: typer.Typer) -> None:
+    command(app, name="steer")(steer)
+
+
+def steer(
+    model: ModelOptions,
+    prompt: PromptOptions,
+    generation: GenerationOptions,
+    output: OutputOptions,
+    vectors: Annotated[
+        list[str], typer.Argument(help='Vector files, or arithmetic: "a.gguf - 0.5*b.gguf".')
+    ],
+    coeff: Annotated[
+        str, _change("--coeff", help="How much; several (0.5,1,2) are shown side by side.")
+    ] = "1",
+    layers: Annotated[
+        str | None, _change("--layers", help="10-16, 3,7 …; default: all that the vector has.")
+    ] = None,
+    operator: Annotated[
+        str,
+        _change(
+            "--operator",
+            help="add, ablate, ablate-add, replace, clamp, cap, or your module:function.",
+        ),
+    ] = "add",
+    from_token_idx: Annotated[
+        int | None, _change("--from-token-idx", help="Only this token and later ones.")
+    ] = None,
+    prompt_only: Annotated[
+        bool, _change("--prompt-only", help="Not the generated tokens.")
+    ] = False,
+    generated_only: Annotated[
+        bool, _change("--generated-only", help="Only the generated tokens.")
+    ] = False,
+    normalize: Annotated[
+        bool, _change("--normalize", help="Keep the norm of the residual.")
+    ] = False,
+    kl_budget: Annotated[
+        float | None,
+        _change(
+            "--kl-budget",
+            help="Choose the largest of the coefficients whose mean KL from the unsteered run "
+            "stays below this (nats per token).",
+        ),
+    ] = None,
+    explain: Annotated[
+        bool, _change("--explain", help="Say which path each edit takes, and run nothing.")
+    ] = False,
+    words: Annotated[
+        str | None,
+        _change(
+            "--words",
+            help="A word list, or a shipped one (french_words): its share of the words of --samples texts.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int, _change("--samples", help="Texts to measure, with seeds that follow --seed.")
+    ] = 20,
+    baseline: BaselineOption = True,
+) -> None:
+    """Continue a prompt while vectors are added to what the model computes."""
+    from mia.methods import steering
+
+    with _work.open_model(model) as m:
+        ids = _work.prompt_tokens(m, prompt)
+        tokens, generated = _when(from_token_idx, prompt_only, generated_only, len(ids))
+        steerings = []
+        for text in vectors:
+            vector = load_vector(text)
+            steering.check_fits(m, vector, text)
+            chosen = None if layers is None else layer_list(layers, m, ())
+            steerings.append(
+                steering.Steering(
+                    vector, operator, 1.0, chosen, tokens, generated, keep_norm=normalize
+                )
+            )
+        document: dict[str, Any] = {"model": model_facts(m), "tokens": token_list(m, ids)}
+        coeffs = numbers(coeff, "--coeff")
+        if kl_budget is not None:
+            candidates = steering.CANDIDATES if coeff == "1" else tuple(coeffs)
+            choice = steering.choose_coefficient(
+                m, [ids], steerings, kl_budget, candidates=candidates
+            )
+            coeffs = [choice.coeff]
+            document["kl"] = [{"coeff": c, "kl": round(k, 6)} for c, k in choice.kl.items()]
+            document["coeff"] = choice.coeff
+            notice(f"coefficient {choice.coeff:g}: mean KL {choice.kl[choice.coeff]:.3f}", output)
+        edits = [[e for s in steerings for e in replace(s, coeff=c).edits()] for c in coeffs]
+        if explain:
+            return _explain(m, document, edits, output)
+        if words is not None:
+            return _measure(m, ids, document, coeffs, edits, generation, words, samples, output)
+        with progress("running", output) as bar:
+            results, plain = _run(m, ids, edits, generation, baseline, bar)
+        document |= _outputs(m, coeffs, results, plain)
+        finish(document, output, lambda: _print(document))
+
+
+def _when(
+    first: int | None, prompt_only: bool, generated_only: bool, n_tokens: int
+) -> tuple[Tokens, bool | None]:
+    """Which tokens: (of the prompt, whether the generated ones too)."""
+    if prompt_only and generated_only:
+        raise UsageError("--prompt-only and --generated-only leave no token to steer")
+    if generated_only:
+        if first is not None:
+            raise UsageError(
+                "--from-token-idx is about the prompt; --generated-only leaves it alone"
+            )
+        return (), True
+    if first is None:
+        return None, not prompt_only
+    at = _work.token_indices(str(first), n_tokens, "--from-token-idx")[0]
+    return slice(at, None), not prompt_only
+
+
+def _run(
+    m: Model,
+    ids: list[int],
+    edits: list[list[Edit]],
+    generation: GenerationOptions,
+    baseline: bool,
+    bar: Any,
+) -> tuple[list[Result], Result | None]:
+    """One coefficient runs by itself, so that the control vector can be used; several run as
+    sequences of one batch, with the unsteered run among them."""
+    from mia.request import Request
+
+    def request(e: list[Edit]) -> Request:
+        return Request(
+            ids,
+            e,
+            logits=None,
+            n_predict=generation.n_predict,
+            sampling=_work.sampling(generation),
+        )
+
+    if len(edits) == 1:
+        plain = m.run([request([])])[0] if baseline else None
+        return m.run([request(edits[0])], progress=bar), plain
+    requests = [request(e) for e in edits]
+    results = m.run([*requests, request([])] if baseline else requests, progress=bar)
+    return results[: len(edits)], results[-1] if baseline else None
+
+
+def _outputs(
+    m: Model, coeffs: list[float], results: list[Result], plain: Result | None
+) -> dict[str, Any]:
+    def output(r: Result) -> dict[str, Any]:
+        return {
+            "output": m.text(r.tokens),
+            "output_tokens": [
+                {"id": t, "text": m.piece(t), "logprob": round(p, 6)}
+                for t, p in zip(r.tokens, r.logprobs, strict=True)
+            ],
+        }
+
+    document = output(results[0])
+    if plain is not None:
+        document["baseline"] = m.text(plain.tokens)
+    document["steered"] = [{"coeff": c, **output(r)} for c, r in zip(coeffs, results, strict=True)]
+    return document
+
+
+def _print(document: dict[str, Any]) -> None:
+    if "baseline" in document:
+        print(f"{'baseline:':<10s} {document['baseline']}")
+    for row in document["steered"]:
+        print(f"{format(row['coeff'], 'g') + ':':<10s} {row['output']}")
+
+
+def _explain(
+    m: Model, document: dict[str, Any], edits: list[list[Edit]], output: OutputOptions
+) -> None:
+    from mia.methods.steering import explain
+
+    document["explain"] = explain(m, edits[0], alone=len(edits) == 1)
+
+    def human() -> None:
+        for row in document["explain"]:
+            why = f"  ({row['why']})" if row["why"] else ""
+            print(f"{row['site']:<16s} {row['operator']:<16s} {row['path']}{why}")
+
+    finish(document, output, human)
+
+
+def _measure(
+    m: Model,
+    ids: list[int],
+    document: dict[str, Any],
+    coeffs: list[float],
+    edits: list[list[Edit]],
+    generation: GenerationOptions,
+    words: str,
+    samples: int,
+    output: OutputOptions,
+) -> None:
+    """The share of listed words in sampled texts, with and without steering."""
+    import numpy as np
+
+    from mia.shipped import read_lines
+    from mia.stats import bootstrap, word_share
+
+    if samples < 2:
+        raise UsageError(f"--samples {samples}: an interval needs two texts or more")
+    if generation.temperature == 0:
+        raise UsageError(
+            "--words measures sampled texts; give --temperature (1 is the model's own)"
+        )
+    listed = {w.strip().lower() for w in read_lines(words)}
+
+    sampling = _work.sampling(generation)
+    with progress("sampling", output) as bar:
+        texts = [
+            _sample(m, ids, e, sampling, generation.n_predict, samples, bar) for e in [[], *edits]
+        ]
+    shares = np.array([[word_share(t, listed) for t in row] for row in texts])
+    rng = np.random.default_rng(generation.seed)
+    rows: list[dict[str, Any]] = []
+    for c, row, some in zip([0.0, *coeffs], shares, texts, strict=True):
+        entry: dict[str, Any] = {"coeff": c, "share": bootstrap(row, rng).as_list(), "texts": some}
+        if c:
+            entry["change"] = bootstrap(row - shares[0], rng).as_list()
+        rows.append(entry)
+    document |= {"words": words, "samples": samples, "seed": generation.seed, "measure": rows}
+
+    def human() -> None:
+        print("coeff   share of listed words [95 %]    change [95 %]")
+        for row in rows:
+            cells = [row["share"], row.get("change")]
+            shown = ["{:.3f} [{:.3f}, {:.3f}]".format(*c) if c else "" for c in cells]
+            print(f"{row['coeff']:<7g} {shown[0]:<31s} {shown[1]}")
+
+    finish(document, output, human)
+
+
+def _sample(
+    m: Model, ids: list[int], e: list[Edit], s: Sampling, n_predict: int, n: int, bar: Any
+) -> list[str]:
+    from mia.request import Request
+
+    requests = [
+        Request(ids, e, logits=None, n_predict=n_predict, sampling=replace(s, seed=s.seed + i))
+        for i in range(n)
+    ]
+    return [m.text(r.tokens) for r in m.run(requests, progress=bar)]

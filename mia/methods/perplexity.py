@@ -1,0 +1,163 @@
+"""Perplexity of a text, plain and under edits.
+
+Perplexity is exp of the mean negative log-probability per token. The graph of Turner
+et al. 2023 (arXiv 2308.10248, section 4: "weddings") is `by_layer`: the ratio of the
+steered to the plain perplexity of each text, against the layer of the injection.
+Where we deviate: the paper scores documents by the mean over sentences of GPT-2's
+log-probabilities with a BOS; here a BOS is put where the model asks for one, or where
+`bos` is true, and ratios are geometric means over texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from mia.edits import Edit
+from mia.errors import UsageError
+from mia.request import Request
+
+if TYPE_CHECKING:
+    from mia.model import Model, Progress
+
+Array = npt.NDArray[np.float32]
+#: makes the edits for a text of this many tokens; None is no steering
+EditsFor = Callable[[int], Sequence[Edit]]
+
+#: logit rows held at a time
+_BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """nll: (n_scored,) negative log-probability of each token that was scored, in nats."""
+
+    nll: Array
+
+    @property
+    def value(self) -> float:
+        return float(np.exp(self.nll.mean(dtype=np.float64)))
+
+
+def perplexity(
+    model: Model,
+    tokens: Sequence[int],
+    *,
+    edits: Sequence[Edit] = (),
+    window: int = 256,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of a text in windows that do not overlap.
+
+    The first token of each window is not scored. A BOS that the text begins with is put
+    before every window.
+
+    Raises:
+        UsageError: fewer than two tokens, or a window of less than two.
+    """
+    if len(tokens) < 2 or window < 2:
+        raise UsageError(f"a perplexity needs two tokens; there are {min(len(tokens), window)}")
+    windows = _windows(list(tokens), min(window, model.n_ctx), model.bos_token)
+    requests = [r for w in windows for r in _requests(w, edits)]
+    results = model.run(requests, progress=progress)
+    return Perplexity(np.concatenate([r.value for r in results]))
+
+
+def _windows(tokens: list[int], size: int, bos: int) -> list[list[int]]:
+    if tokens[0] != bos:
+        parts = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+    else:
+        rest = tokens[1:]
+        parts = [[bos, *rest[i : i + size - 1]] for i in range(0, len(rest), size - 1)]
+    return [p for p in parts if len(p) > 1]
+
+
+def _requests(tokens: Sequence[int], edits: Sequence[Edit]) -> list[Request]:
+    """A text as requests that are prefixes of one another: the same rows are decoded, and no
+    more than a block of logits is held."""
+    if any(e.tokens is not None for e in edits):
+        ends = [len(tokens)]  # positions may count from the text's end
+    else:
+        ends = [*range(_BLOCK, len(tokens) - 1, _BLOCK), len(tokens)]
+    out = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        stop = min(end, len(tokens) - 1)
+        targets = np.asarray(tokens[start + 1 : stop + 1])
+        out.append(
+            Request(tokens[:end], edits, logits=slice(start, stop), metric=TokenLoss(targets))
+        )
+    return out
+
+
+class TokenLoss:
+    """A metric: (n, n_vocab) logits -> (n,) negative log-probability of the targets."""
+
+    def __init__(self, targets: npt.NDArray[np.intp]):
+        self.targets = targets
+
+    def __call__(self, logits: Array) -> Array:
+        high = logits.max(-1)
+        lse = high + np.log(np.exp(logits - high[:, None]).sum(-1))
+        return (lse - logits[np.arange(len(logits)), self.targets]).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSweep:
+    """Steered over plain perplexity by injection layer.
+
+    Attributes:
+        layers: (n_layers,) list.
+        log_ratio: (n_layers, n_texts) natural log of the ratio of each text.
+    """
+
+    layers: list[int]
+    log_ratio: Array
+
+    @property
+    def ratio(self) -> Array:
+        """(n_layers,) geometric mean over texts."""
+        return np.exp(self.log_ratio.mean(1))
+
+    def interval(self, rng: np.random.Generator, n: int = 1000) -> Array:
+        """(n_layers, 2) 95 % interval of the mean, by bootstrap over texts."""
+        picks = rng.integers(0, self.log_ratio.shape[1], (n, self.log_ratio.shape[1]))
+        means = self.log_ratio[:, picks].mean(-1)  # (n_layers, n)
+        return np.exp(np.percentile(means, [2.5, 97.5], axis=1).T).astype(np.float32)
+
+
+def by_layer(
+    model: Model,
+    texts: Sequence[Sequence[int]],
+    edits: Callable[[int, int], Sequence[Edit]],
+    layers: Sequence[int],
+    *,
+    progress: Progress | None = None,
+) -> LayerSweep:
+    """How steering at each layer changes the perplexity of each text, in one call of the model.
+
+    Args:
+        edits: (layer, n_tokens) -> the edits of a text of so many tokens.
+
+    Raises:
+        UsageError: no text has two tokens.
+    """
+    ready = [t for t in texts if len(t) > 1]
+    if not ready:
+        raise UsageError("no text has two tokens to score")
+    requests, at = [], []
+    for i, layer in enumerate([None, *layers]):
+        for j, tokens in enumerate(ready):
+            made = () if layer is None else edits(layer, len(tokens))
+            targets = np.asarray(tokens[1:])
+            requests.append(
+                Request(tokens, made, logits=slice(0, len(tokens) - 1), metric=TokenLoss(targets))
+            )
+            at.append((i, j))
+    nll = np.empty((len(layers) + 1, len(ready)))
+    for (i, j), r in zip(at, model.run(requests, progress=progress), strict=True):
+        nll[i, j] = r.value.mean()
+    return LayerSweep(list(layers), (nll[1:] - nll[0]).astype(np.float32))
