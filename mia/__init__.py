@@ -21,7 +21,9 @@ _WHERE = {
     "Captures": "mia.captures",
     "Edit": "mia.edits",
     "EngineError": "mia.errors",
+    "Extractor": "mia.methods.extractor",
     "FileError": "mia.errors",
+    "Hook": "mia.hooks",
     "LogitLens": "mia.lenses",
     "MiaError": "mia.errors",
     "Model": "mia.model",
@@ -33,6 +35,7 @@ _WHERE = {
     "Sampling": "mia.request",
     "Site": "mia.sites",
     "SiteError": "mia.errors",
+    "Steering": "mia.methods.steering",
     "UsageError": "mia.errors",
     "Vector": "mia.vectors",
 }
@@ -62,8 +65,11 @@ if TYPE_CHECKING:
     from mia.errors import (
         UsageError as UsageError,
     )
+    from mia.hooks import Hook as Hook
     from mia.lenses import LogitLens as LogitLens
     from mia.lenses import Readout as Readout
+    from mia.methods.extractor import Extractor as Extractor
+    from mia.methods.steering import Steering as Steering
     from mia.model import Model as Model
     from mia.request import (
         Capture as Capture,

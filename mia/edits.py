@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mia.errors import RangeError, UsageError
-from mia.sites import HEADED, Site
+from mia.sites import BY_KEY, HEADED, Site
 
 Array = npt.NDArray[np.float32]
 Function = Callable[[Array], Array]
@@ -155,7 +155,9 @@ class Edit:
         if c.ndim == 0:
             return np.float32(c)
         if self.op not in _ALONG:
-            raise UsageError(f"operator {self.op!r} takes one coefficient; several are for {', '.join(_ALONG)}")
+            raise UsageError(
+                f"operator {self.op!r} takes one coefficient; several are for {', '.join(_ALONG)}"
+            )
         if c.ndim > 1 or not len(c):
             raise UsageError(f"an edit's coefficients have 1 axis, not shape {c.shape}")
         return c
@@ -165,7 +167,9 @@ class Edit:
         if v.ndim == 0 or v.ndim > 2:
             raise UsageError(f"an edit's value has 1 or 2 axes, not shape {v.shape}")
         if not np.isfinite(v).all():
-            raise UsageError(f"the value of the edit at {self.site} has numbers that are not finite")
+            raise UsageError(
+                f"the value of the edit at {self.site} has numbers that are not finite"
+            )
         if self.op == "mean" and v.ndim == 2:
             v = v.mean(0)
         if self.op in _DIRECTED and not np.linalg.norm(v, axis=-1).all():
@@ -199,10 +203,14 @@ class Edit:
             raise UsageError(f"{site} has rows of {width} here, the edit's value has {v.shape[-1]}")
         if v.ndim == 2 and v.shape[0] > 1:
             if self.on_generated:
-                raise UsageError(f"an edit of generated tokens at {site} takes one row, not {v.shape[0]}")
+                raise UsageError(
+                    f"an edit of generated tokens at {site} takes one row, not {v.shape[0]}"
+                )
             n = len(self.positions(n_tokens))
             if n != v.shape[0]:
-                raise UsageError(f"the edit at {site} selects {n} tokens but has {v.shape[0]} rows of value")
+                raise UsageError(
+                    f"the edit at {site} selects {n} tokens but has {v.shape[0]} rows of value"
+                )
 
     def _width(self, site: Site, shape: tuple[int, ...]) -> int:
         if self.heads is None:
@@ -213,7 +221,10 @@ class Edit:
             for head in self.heads:
                 if not 0 <= head < shape[0]:
                     raise RangeError(f"head {head} is out of range; {site} has 0 to {shape[0] - 1}")
-            width = shape[-1] * (len(self.heads) if self.dims is None else 1)
+            per_head = (
+                1 if site.name in BY_KEY else shape[-1]
+            )  # the number of keys is not known yet
+            width = per_head * (len(self.heads) if self.dims is None else 1)
         if self.dims is None:
             return width
         for d in self.dims:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mia._ggml import Context, Sampler
+from mia._ggml import Sampler
 from mia.edits import Edit
 from mia.errors import EngineError
 from mia.plan import Buffer, Job, Row, Segment
@@ -61,6 +61,7 @@ class Runner:
         self.generating: list[_Generation] = []
         self.waiting: list[_Generation] = []  # have their first token, but no sequence yet
         self.out_index: Index = np.empty(0, np.intp)
+        self.scores = np.empty(self.context.model.n_vocab, np.float32)  # scratch
         self.track_cells = any(site.name in BY_KEY for site in sites)
         nodes = session.topology.sites if session.variants else {}
         self._ends = {s for s in sites if s in nodes and nodes[s].outputs_only}
@@ -213,7 +214,7 @@ class Runner:
             if not job.request.n_predict:
                 continue
             gen = _Generation(job, seg, self.make_sampler(job))
-            if gen.choose(self.context, int(self.out_index[row]), row, self.is_eog):
+            if gen.choose(self, int(self.out_index[row]), row):
                 gen.close()
                 seg.unstarted -= 1
                 self._count_generation(seg)
@@ -244,7 +245,7 @@ class Runner:
         rows = [g.next_row() for g in now]
         self._decode(rows, [g.seq for g in now], [True] * len(now), [])
         for i, g in enumerate(now):
-            if g.choose(self.context, i, i, self.is_eog):
+            if g.choose(self, i, i):
                 self._end_generation(g)
 
     def _end_generation(self, g: _Generation) -> None:
@@ -377,23 +378,19 @@ class _Generation:
         for token in job.tokens[-64:]:
             sampler.accept(token)
 
-    def choose(
-        self, context: Context, output: int, batch_row: int, is_eog: Callable[[int], bool]
-    ) -> bool:
+    def choose(self, runner: Runner, output: int, batch_row: int) -> bool:
         """Picks the next token from the logits; True where it is the last."""
-        logits = context.logits()[output]
-        if self.job.request.sampling.plain:
-            token = int(logits.argmax())
-        else:
-            token = self.sampler.sample(context, batch_row)
-        result = self.job.result
-        # relative to the token chosen; a sampled one may lie far below the best
-        top = logits[token] if self.job.request.sampling.plain else logits.max()
-        scores = logits - top
+        logits = runner.context.logits()[output]
+        plain = self.job.request.sampling.plain
+        token = int(logits.argmax()) if plain else self.sampler.sample(runner.context, batch_row)
+        top = logits[token] if plain else logits.max()
+        # in place: an array of the vocabulary's size costs more to get than to fill
+        scores = np.subtract(logits, top, out=runner.scores)
         np.exp(scores, out=scores)
+        result = self.job.result
         result.logprobs.append(float(logits[token] - top - np.log(scores.sum())))
         result.tokens.append(token)
-        ended = self.job.request.stop_at_eog and is_eog(token)
+        ended = self.job.request.stop_at_eog and runner.is_eog(token)
         return ended or len(result.tokens) >= self.job.request.n_predict
 
     def next_row(self) -> Row:

@@ -91,12 +91,17 @@ class Topology:
             addr = n.src[0]
 
     def _picks_outputs(self, n: Node) -> bool:
-        return n.op == "GET_ROWS" and self.is_leaf(n.src[1]) and self.node(n.src[1]).name == "out_ids"
+        return (
+            n.op == "GET_ROWS" and self.is_leaf(n.src[1]) and self.node(n.src[1]).name == "out_ids"
+        )
 
     def _propagate_outputs(self) -> list[bool]:
         flags: list[bool] = []
         for n in self.nodes:
-            flags.append(self._picks_outputs(n) or any(flags[self._index[s]] for s in n.src if s in self._index))
+            flags.append(
+                self._picks_outputs(n)
+                or any(flags[self._index[s]] for s in n.src if s in self._index)
+            )
         return flags
 
     # -- resolution ----------------------------------------------------------
@@ -126,7 +131,11 @@ class Topology:
     def _resolve(self) -> None:
         named = self._named.get
         embed = next(
-            (i for i, n in enumerate(self.nodes) if n.op == "GET_ROWS" and "token_embd" in self.node(n.src[0]).name),
+            (
+                i
+                for i, n in enumerate(self.nodes)
+                if n.op == "GET_ROWS" and "token_embd" in self.node(n.src[0]).name
+            ),
             None,
         )
         self._add("embed", None, embed)
@@ -165,7 +174,9 @@ class Topology:
             if n.op in ("RMS_NORM", "NORM"):
                 return self._index.get(self.root(n.src[0]))
             norm = self._index.get(n.src[0])
-        return next((self._named[x] for x in ("inp_scaled", "inpL", "embd") if x in self._named), None)
+        return next(
+            (self._named[x] for x in ("inp_scaled", "inpL", "embd") if x in self._named), None
+        )
 
     def _attention_output(self, i: int, pre: int | None) -> tuple[int | None, int | None]:
         """What attention adds to the residual, and the sum. Follows the product that reads
@@ -220,7 +231,13 @@ class Topology:
             if self.root(b) == mid_addr:
                 return self._index.get(a)
             # a control vector is added after the sum
-            at = self._index.get(a) if self.is_leaf(b) else self._index.get(b) if self.is_leaf(a) else None
+            at = (
+                self._index.get(a)
+                if self.is_leaf(b)
+                else self._index.get(b)
+                if self.is_leaf(a)
+                else None
+            )
         return self._last_named_before(i, post)
 
     def _last_named_before(self, i: int, post: int | None) -> int | None:

@@ -194,5 +194,7 @@ def _unknown(text: str) -> SiteError:
         prefix, base, known = block[1], block[2], [tl for _, tl in _LAYERED.values()]
     near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
     if near:
-        return SiteError(f"unknown site {text!r}; did you mean {' or '.join(prefix + n for n in near)}?")
+        return SiteError(
+            f"unknown site {text!r}; did you mean {' or '.join(prefix + n for n in near)}?"
+        )
     return SiteError(f"unknown site {text!r}; known: {', '.join(NAMES)}")

@@ -80,6 +80,9 @@ def _operator_requests(t: Tiny, prompt: list[int]) -> list[Request]:
             tokens, n = TOKENS[len(requests) % len(TOKENS)]
             width = _width(t, **where)
             more: dict[str, Any] = {"coeff": round(rng.uniform(-1.5, 1.5), 3)}
+            if op in ("add", "scale", "blend") and len(requests) % 2:
+                several = next(k for k in (3, 2, 7) if width % k == 0)
+                more["coeff"] = rng.uniform(-1.5, 1.5, several)
             if op not in ("scale", "zero", _double_and_roll):
                 rows = (1,) if len(requests) % 3 == 0 else (n,) if len(requests) % 3 == 1 else ()
                 more["value"] = rng.standard_normal((*rows, width))
@@ -126,7 +129,7 @@ def _check_all(
 ) -> None:
     for request, result, want in zip(requests, results, wants, strict=True):
         check(result, request, t.oracle, want)
-        assert check_untouched(result, results[0], want, wants[0], atol=atol) > 1000
+        assert check_untouched(t.oracle, result, results[0], want, wants[0], atol=atol) > 1000
 
 
 def test_all_sites_are_tried(suite: Any) -> None:
@@ -207,6 +210,13 @@ def test_the_mean_of_rows_is_taken_once() -> None:
         ({"op": 3}, "neither an operator's name nor a function: 3"),
         ({"op": "scale", "coeff": float("nan")}, "coefficient nan is not a finite number"),
         ({"op": "scale", "coeff": -np.inf}, "coefficient -inf"),
+        ({"op": "scale", "coeff": [1, np.nan]}, "not a finite number"),
+        ({"op": "scale", "coeff": [[1]]}, r"coefficients have 1 axis, not shape \(1, 1\)"),
+        ({"op": "scale", "coeff": []}, r"coefficients have 1 axis, not shape \(0,\)"),
+        (
+            {"op": "replace", "value": [1.0], "coeff": [1, 2]},
+            "'replace' takes one coefficient; several are for add, scale, blend",
+        ),
         ({"op": "add", "value": 1.0}, r"1 or 2 axes, not shape \(\)"),
         ({"op": "add", "value": np.ones((1, 2, 3))}, r"1 or 2 axes, not shape \(1, 2, 3\)"),
         (
@@ -235,6 +245,16 @@ MISFITS: list[tuple[dict[str, Any], type[UsageError], str]] = [
         {"op": "add", "value": np.ones(47)},
         UsageError,
         "resid_post.1 has rows of 48 .* value has 47",
+    ),
+    (
+        {"op": "scale", "coeff": [1.0] * 5},
+        UsageError,
+        r"resid_post\.1 has rows of 48 here, which 5 coefficients do not divide",
+    ),
+    (
+        {"site": "attn_pattern.1", "op": "scale", "heads": [1, 4], "coeff": [1, 2, 3]},
+        UsageError,
+        "3 coefficients do not divide",
     ),
     ({"op": "zero", "tokens": 12}, RangeError, "token index 12 .* has 12 tokens, 0 to 11"),
     ({"op": "zero", "tokens": [0, -13]}, RangeError, "token index -13"),

@@ -1,6 +1,7 @@
 """The boundary to llama.cpp: layouts, tensors, stored types, graphs that come unexpected."""
 
 import ctypes
+import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from mia import _ggml
 from mia._ggml import (
     Context,
     LlamaModel,
+    Tracer,
     dequantize,
     describe,
     file_tensors,
@@ -313,6 +315,27 @@ def test_what_the_library_refuses_is_an_engine_error(
         with pytest.raises(EngineError, match="refuses the control vector"):
             context.set_control_vector(np.zeros((2, 48), np.float32))
     check(t.model.run([Request([1, 2])])[0], Request([1, 2]), t.oracle)
+
+
+def test_ctrl_c_between_two_nodes_is_not_lost(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no Python frame to raise it in: ctypes would print it and go on."""
+
+    class Wants(list[bool]):
+        def __getitem__(self, i: Any) -> Any:
+            if i == 20:
+                signal.raise_signal(signal.SIGINT)
+            return super().__getitem__(i)
+
+    request = Request(llama.prompt(), captures=[Capture("l_out")])
+    plain = Tracer.expect
+    with monkeypatch.context() as m:
+        m.setattr(
+            Tracer, "expect", lambda self, a, wants, *rest: plain(self, a, Wants(wants), *rest)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            llama.model.run([request])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    check(llama.model.run([request])[0], request, llama.oracle)
 
 
 def test_runs_in_another_thread(llama: Tiny) -> None:

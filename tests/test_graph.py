@@ -169,10 +169,13 @@ class Graph:
         self.nodes.append(Node(addr, name, op, "f32", ne, (), src, 0, bytes(64)))
         return addr
 
-    def topology(self, monkeypatch: pytest.MonkeyPatch, n_layer: int = 1) -> dict[str, str]:
-        """The name of the node at each site."""
+    def topology(self, monkeypatch: pytest.MonkeyPatch, n_layer: int = 1) -> Topology:
         monkeypatch.setattr("mia.graph.describe", self.leaves.__getitem__)
-        t = Topology(self.nodes, n_layer=n_layer, n_head=2)
+        return Topology(self.nodes, n_layer=n_layer, n_head=2)
+
+    def sites(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+        """The name of the node at each site."""
+        t = self.topology(monkeypatch)
         return {str(s): t.nodes[at.index].name for s, at in t.sites.items()}
 
     def start(self) -> int:
@@ -197,7 +200,7 @@ def test_a_block_whose_attention_and_mlp_are_parallel(monkeypatch: pytest.Monkey
     a = g.norm("attn_norm-0", x)
     o, f = g.attention(a), g.mlp(a)
     g("ADD", "l_out-0", g("ADD", "sum", f, o), x)
-    sites = g.topology(monkeypatch)
+    sites = g.sites(monkeypatch)
     assert sites["attn_out.0"] == "wo"
     assert sites["mlp_out.0"] == "ffn_out-0"
     assert sites["resid_post.0"] == "l_out-0"
@@ -214,7 +217,7 @@ def test_bias_norm_and_scale_belong_to_what_attention_adds(monkeypatch: pytest.M
     mid = g("ADD", "ffn_inp-0", o, x)
     f = g.mlp(g.norm("ffn_norm-0", mid))
     g("ADD", "l_out-0", f, mid)
-    sites = g.topology(monkeypatch)
+    sites = g.sites(monkeypatch)
     assert sites["attn_out.0"] == "scaled"
     assert sites["resid_mid.0"] == "ffn_inp-0"
     assert sites["mlp_out.0"] == "ffn_out-0"
@@ -224,11 +227,28 @@ def test_a_control_vector_at_the_end_of_a_block(monkeypatch: pytest.MonkeyPatch)
     g = Graph()
     x = g.start()
     mid = g("ADD", "ffn_inp-0", g.attention(g.norm("attn_norm-0", x)), x)
-    total = g("ADD", "sum", g.mlp(g.norm("ffn_norm-0", mid)), mid)
-    g("ADD", "l_out-0", total, g.leaf("control"))
-    sites = g.topology(monkeypatch)
-    assert sites["mlp_out.0"] == "ffn_out-0"
+    mlp = g("MUL_MAT", "without a name of its own", g.leaf("w"), g.norm("ffn_norm-0", mid))
+    g("ADD", "l_out-0", g("ADD", "sum", mlp, mid), g.leaf("control"))
+    sites = g.sites(monkeypatch)
+    assert sites["mlp_out.0"] == "without a name of its own"
     assert sites["resid_post.0"] == "l_out-0"
+
+
+def test_what_a_later_block_reads_of_an_earlier_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3n's form: the last blocks attend with the keys of an earlier one."""
+    g = Graph()
+    x = g.start()
+    a = g.norm("attn_norm-0", x)
+    k = g("MUL_MAT", "Kcur-0", g.leaf("wk"), a)
+    turned = g("ROPE", "k_rope-0", k)
+    only_here = g("MUL_MAT", "kqv_out-0", turned, a)
+    y = g("ADD", "l_out-0", g("MUL_MAT", "wo-0", g.leaf("wo"), only_here), x)
+    q = g("MUL_MAT", "Qcur-1", g.leaf("wq"), g.norm("attn_norm-1", y))
+    z = g("MUL_MAT", "wo-1", g.leaf("wo"), g("MUL_MAT", "kqv_out-1", turned, q))
+    g("ADD", "l_out-1", z, y)
+    t = g.topology(monkeypatch, n_layer=2)
+    skipped = [t.nodes[i].name for i in t.skippable_below(1)]
+    assert skipped == ["kqv_out-0", "wo-0", "l_out-0"]
 
 
 def test_what_a_graph_does_not_name_it_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +256,7 @@ def test_what_a_graph_does_not_name_it_does_not_have(monkeypatch: pytest.MonkeyP
     x = g.start()
     mid = g("ADD", "something", g("MUL_MAT", "attn_out-0", g.leaf("w"), x), x)
     g("ADD", "result_norm", mid, g.leaf("b"))
-    sites = g.topology(monkeypatch)
+    sites = g.sites(monkeypatch)
     assert sites == {
         "embed": "embd",
         "resid_pre.0": "embd",

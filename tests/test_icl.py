@@ -66,6 +66,14 @@ def test_prompts_are_text_with_a_bos_in_front(ex: Extractor) -> None:
     assert ex.model.detokenize(bare.zero_shot(bare.test)[0].tokens) == f"{bare.test[0].input}:"
 
 
+def test_a_space_that_is_a_token_goes_to_the_prompt(ex: Extractor) -> None:
+    """No answer is right for beginning with a space."""
+    spaced = Extractor(ex.model, TASK, fmt=Format("{input}: {output};"), shots=2)
+    p = spaced.zero_shot(spaced.test)[0]
+    assert ex.model.detokenize(p.tokens) == f"<|endoftext|>{p.query.input}: "
+    assert [ex.model.piece(t) for t in p.answers] == [p.query.output]
+
+
 def test_steps_do_not_depend_on_one_another(ex: Extractor) -> None:
     first = ex.dummies(5)
     ex.few_shot(ex.test)

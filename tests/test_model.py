@@ -386,6 +386,7 @@ def test_edits_that_a_control_vector_cannot_do(llama: Tiny, vectors_set: list[An
         [[Edit("l_out-1", "add", v, generated=False)]],
         [[Edit("l_out-1", "add", v[:2], dims=[3, 9])]],
         [[Edit("l_out-1", "add", v, keep_norm=True)]],
+        [[Edit("l_out-1", "add", v, coeff=[1.0, 2.0])]],
         [[Edit("l_out-1", "add", v[None])]],
         [[shared], []],
         [[shared], [shared, Edit("l_out-2", "add", v)]],

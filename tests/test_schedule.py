@@ -8,6 +8,7 @@ import pytest
 from conftest import Tiny
 from reference import check, check_same
 
+from mia import engine
 from mia import model as mia_model
 from mia._ggml import Context
 from mia.edits import Edit
@@ -25,6 +26,7 @@ class Shadow:
         self.cells: dict[Context, list[tuple[int, set[int]]]] = {}
         self.runners: list[Runner] = []
         self.most = 0
+        self.outputs: list[int] = []
         for name in ("decode", "seq_cp", "seq_rm", "clear"):
             monkeypatch.setattr(Context, name, self._spy(name, getattr(Context, name)))
         init = Runner.__init__
@@ -48,6 +50,7 @@ class Shadow:
             assert sorted(p for p, s in cells if seq in s) == list(range(pos))
             cells.append((pos, {seq}))
         self.most = max(self.most, len(cells))
+        self.outputs.append(int(outputs.sum()))
         if self.runners and self.runners[-1].context is context:
             assert len(cells) <= self.runners[-1].used <= self.runners[-1].budget
 
@@ -182,6 +185,17 @@ def test_a_chain_of_more_forks_than_sequences(llama: Tiny, shadow: Shadow, reope
     edits = [Edit("resid_post.0", "add", v, tokens=i, generated=False) for i in range(0, 270, 2)]
     combs = [Request(prompt[: 2 * n + 3], edits[: n + 1]) for n in range(130)]
     check(t.model.run(combs)[-1], combs[-1], t.oracle)
+
+
+def test_no_more_logits_at_a_time_than_memory_allows(
+    llama: Tiny, shadow: Shadow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large vocabulary makes few outputs for one decode, of prompts and of continuations."""
+    monkeypatch.setattr(engine, "_LOGITS_BYTES", 9 * 4 * llama.model.n_vocab)
+    requests = [Request(llama.prompt(n, seed=n), logits="all") for n in (5, 20, 3, 8)]
+    requests += [Request(llama.prompt(4, seed=s), n_predict=4) for s in range(20)]
+    _run_checked(llama, requests)
+    assert max(shadow.outputs) == 9
 
 
 def test_when_nothing_fits_it_says_so(

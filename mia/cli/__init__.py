@@ -8,7 +8,25 @@ from typing import Annotated
 
 import typer
 
-from mia.cli import look, patch, run, tools
+from mia.cli import (
+    actadd,
+    attention,
+    attribute,
+    caa,
+    function_vector,
+    heads,
+    iti,
+    look,
+    patch,
+    perplexity,
+    run,
+    soft_vector,
+    steer,
+    task_vector,
+    tasks,
+    tools,
+    vector,
+)
 
 app = typer.Typer(
     name="mia",
@@ -37,7 +55,25 @@ def _main(
     pass
 
 
-for group in (look, run, patch, tools):
+for group in (
+    look,
+    run,
+    patch,
+    attention,
+    heads,
+    attribute,
+    steer,
+    vector,
+    actadd,
+    caa,
+    iti,
+    perplexity,
+    tasks,
+    task_vector,
+    function_vector,
+    soft_vector,
+    tools,
+):
     group.register(app)
 
 

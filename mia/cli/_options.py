@@ -161,7 +161,9 @@ class ChangeOptions:
     select: Annotated[
         str | None,
         _option(
-            "--select", help="Heads to keep; the others of their layers are silenced.", panel=CHANGES
+            "--select",
+            help="Heads to keep; the others of their layers are silenced.",
+            panel=CHANGES,
         ),
     ] = None
     ablate_with: Annotated[

@@ -195,7 +195,9 @@ def ablation_edits(model: Model, o: ChangeOptions, tokens: list[int]) -> list[Ed
         if o.ablate_with is not None or o.ablate_attention:
             raise UsageError("--ablate-with and --ablate-attention need --ablate or --select")
         return []
-    return head_changer(model, o, tokens, sorted(heads))({i: sorted(heads[i]) for i in sorted(heads)})
+    return head_changer(model, o, tokens, sorted(heads))(
+        {i: sorted(heads[i]) for i in sorted(heads)}
+    )
 
 
 def head_changer(
@@ -244,7 +246,8 @@ def block_edits(model: Model, o: ChangeOptions, tokens: list[int]) -> list[Edit]
     from mia.methods import ablation
 
     blocks = [
-        ablation.parse_block(text, len(tokens), model.n_layer, model.n_head) for text in o.block or []
+        ablation.parse_block(text, len(tokens), model.n_layer, model.n_head)
+        for text in o.block or []
     ]
     return [edit for b in blocks for edit in ablation.block_edits(model, b)]
 
@@ -254,6 +257,7 @@ def change_edits(
 ) -> list[Edit]:
     """All edits that the options of a command ask for."""
     from mia import vectors
+    from mia.methods.steering import check_fits
 
     edits: list[Edit] = []
     for site, file, from_text, to_text in split_words(o.patch):
@@ -274,6 +278,6 @@ def change_edits(
     layers = None if o.steer_layers is None else parse_layers(o.steer_layers, model.n_layer)
     for path in o.steer or []:
         vector = vectors.load(path)
-        vector.check(model.n_layer, model.n_embd, path)
+        check_fits(model, vector, path)
         edits += vector.edits(coeff=o.coeff, layers=layers)
     return edits

@@ -123,7 +123,13 @@ def _print_sites(rows: list[dict[str, Any]]) -> None:
         layers = "" if r["layers"] is None else "{}-{}".format(*r["layers"])
         shape = " × ".join(map(str, r["shape"]))
         table.add_row(
-            r["site"], r["llama.cpp"] or "", r["transformer_lens"], shape, layers, r["node"], r["about"]
+            r["site"],
+            r["llama.cpp"] or "",
+            r["transformer_lens"],
+            shape,
+            layers,
+            r["node"],
+            r["about"],
         )
     _wide_console().print(table)
 

@@ -1,0 +1,276 @@
+"""What the in-context methods share: prompts of a task, means over them, effects of heads,
+accuracy under edits.
+
+    ex = Extractor(model, load("antonym"), shots=5, seed=0)
+    means = ex.means("head_out", ex.dummies(100))              # (n_layer, width)
+    effects = ex.effects(ex.few_shot(ex.train[:25], wrong=True), means)
+    ex.accuracy(ex.zero_shot(ex.test), [some_edit])
+
+Words: a *query* is the pair asked about, *examples* are the pairs before it, a *dummy* is
+a query from the training part whose answer nobody looks at. Everything that is drawn
+comes from the seed and a word for what it is for, so that no step depends on another's
+having run.
+
+A BOS stands in front of each prompt wherever the vocabulary has one, whatever the file
+asks for, unless `bos` says otherwise: without it small models read the first token as
+little more than a beginning.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mia.edits import Edit, Tokens
+from mia.errors import UsageError
+from mia.metrics import Accuracy, FirstToken, accuracy, exact_match
+from mia.request import Capture, Request
+from mia.sites import Site
+from mia.tasks import FORMATS, Format, Pair, Split, Task, draw, shuffled, split
+
+if TYPE_CHECKING:
+    from mia.model import Model, Progress
+
+Array = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+MATCHES = ("first", "exact")
+
+
+@dataclass(frozen=True, slots=True)
+class IclPrompt:
+    """A prompt ready to run.
+
+    Attributes:
+        tokens: the text's token ids; the last is the one that vectors are read and put at.
+        answers: ids with which a right answer may begin.
+    """
+
+    examples: tuple[Pair, ...]
+    query: Pair
+    tokens: tuple[int, ...]
+    answers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of every variant and prompt: (n_variants, n_prompts).
+
+    Attributes:
+        correct: whether the answer is right.
+        logprob: natural log-probability of the right answers' first tokens together.
+    """
+
+    correct: Bools
+    logprob: npt.NDArray[np.float64]
+
+    def accuracy(self, variant: int = 0) -> Accuracy:
+        return accuracy(self.correct[variant])
+
+
+class Extractor:
+    """A task on a model.
+
+    Attributes:
+        train, dev, test: pairs, none in two of them.
+        shots: examples in a prompt.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        task: Task,
+        *,
+        fmt: Format = FORMATS["qa"],
+        shots: int = 5,
+        bos: bool | None = None,
+        seed: int = 0,
+        n_test: int = 100,
+        n_dev: int = 40,
+        parts: Split | None = None,
+    ):
+        """Splits the task, or takes `parts` as they are.
+
+        Raises:
+            RangeError: the task is too small.
+        """
+        self.model, self.task, self.fmt, self.shots, self.seed = model, task, fmt, shots, seed
+        self.bos = (model.bos_token >= 0) if bos is None else bos
+        parts = parts or split(task, self.rng("split"), n_test=n_test, n_dev=n_dev)
+        self.train, self.dev, self.test = parts.train, parts.dev, parts.test
+        #: called as the requests of a run finish
+        self.progress: Progress | None = None
+
+    def rng(self, what: str) -> np.random.Generator:
+        """Random numbers of the seed for one purpose."""
+        return np.random.default_rng([self.seed, zlib.crc32(f"{self.task.name} {what}".encode())])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What makes the same prompts again."""
+        return {
+            "task": self.task.name,
+            "format": self.fmt.text,
+            "shots": self.shots,
+            "bos": self.bos,
+            "seed": self.seed,
+            "pairs": {"train": len(self.train), "dev": len(self.dev), "test": len(self.test)},
+        }
+
+    # -- prompts -------------------------------------------------------------------
+
+    def zero_shot(self, queries: Iterable[Pair]) -> list[IclPrompt]:
+        return [self.prompt((), q) for q in queries]
+
+    def few_shot(
+        self, queries: Iterable[Pair], *, wrong: bool = False, what: str = "few-shot"
+    ) -> list[IclPrompt]:
+        """Each query after examples from the training part, itself never among them.
+
+        Args:
+            wrong: the examples' outputs dealt anew among them.
+            what: another word draws other examples.
+        """
+        rng = self.rng(f"{what} {wrong}")
+        out = []
+        for q in queries:
+            examples = draw(self.train, self.shots, rng, without=q.input)
+            out.append(self.prompt(shuffled(examples, rng) if wrong else examples, q))
+        return out
+
+    def dummies(self, n: int, *, wrong: bool = False, what: str = "dummies") -> list[IclPrompt]:
+        """n prompts with examples and query from the training part."""
+        return self.few_shot(self._training_queries(n, what), wrong=wrong, what=what)
+
+    def same_examples(self, examples: Sequence[Pair], n: int, what: str) -> list[IclPrompt]:
+        """One set of examples before n different dummies, none of them among the examples."""
+        used = {e.input for e in examples}
+        left = [p for p in self.train if p.input not in used]
+        if not left:
+            raise UsageError(f"{self.task.name} has no training pairs left for dummy queries")
+        order = self.rng(what).permutation(len(left))[: min(n, len(left))].tolist()
+        return [self.prompt(examples, left[i]) for i in order]
+
+    def prompt(self, examples: Sequence[Pair], query: Pair) -> IclPrompt:
+        text = self.fmt.prompt(examples, query.input)
+        tokens = self.model.tokenize(text, bos=self.bos)
+        lead, answers = self._first_tokens(query)
+        return IclPrompt(tuple(examples), query, (*tokens, *lead), answers)
+
+    def answers(self, pair: Pair) -> tuple[int, ...]:
+        """First tokens of the right answers, as they continue a query."""
+        return self._first_tokens(pair)[1]
+
+    def _first_tokens(self, pair: Pair) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What to add to the prompt, and the tokens that may follow. Where the space in front of an
+        answer is a token of its own, as before digits, it says nothing: it goes to the prompt."""
+        ids = [self.model.tokenize(self.fmt.answer(o), bos=False) for o in pair.outputs]
+        lead: tuple[int, ...] = ()
+        shared = all(len(x) > 1 and x[0] == ids[0][0] for x in ids)
+        if shared and not self.model.piece(ids[0][0]).strip():
+            lead, ids = (ids[0][0],), [x[1:] for x in ids]
+        return lead, tuple(dict.fromkeys(x[0] for x in ids if x))
+
+    def _training_queries(self, n: int, what: str) -> list[Pair]:
+        """n of the training part; each as often as any other, give or take one."""
+        rng = self.rng(f"{what} queries")
+        rounds = -(-n // len(self.train))
+        order = np.concatenate([rng.permutation(len(self.train)) for _ in range(rounds)])[:n]
+        return [self.train[i] for i in order.tolist()]
+
+    # -- runs ----------------------------------------------------------------------
+
+    def rows(
+        self, site: str, prompts: Sequence[IclPrompt], *, tokens: Tokens = -1
+    ) -> tuple[Array, Bools]:
+        """A site in every layer, (n_prompts, n_layer, width), by default at the last token and of
+        several tokens the mean over them; and (n_prompts,) whether the answer is right."""
+        sites = [Site(site, i) for i in range(self.model.n_layer)]
+        capture = Capture(sites, tokens)
+        requests = [
+            Request(p.tokens, captures=[capture], metric=FirstToken(p.answers)) for p in prompts
+        ]
+        results = self.model.run(requests, progress=self.progress)
+        rows = [np.stack([r.captures[s].mean(0) for s in sites]) for r in results]
+        return np.stack(rows), np.array([r.value.correct for r in results])
+
+    def means(self, site: str, prompts: Sequence[IclPrompt], *, tokens: Tokens = -1) -> Array:
+        """The mean of `rows` over prompts, (n_layer, width)."""
+        total = self.rows(site, prompts, tokens=tokens)[0].mean(0, dtype=np.float64)
+        return total.astype(np.float32)
+
+    def effects(self, prompts: Sequence[IclPrompt], means: Array) -> npt.NDArray[np.float64]:
+        """(n_layer, n_head): how much the probability of the right answer rises, on the mean over
+        prompts, when one head's output at the last token becomes its mean (Todd et al., eq. 4)."""
+        m = self.model
+        by_head = means.reshape(m.n_layer, m.n_head, -1)  # (n_layer, n_head, head_dim)
+        variants: list[list[Edit]] = [[]]
+        for layer in range(m.n_layer):
+            for head in range(m.n_head):
+                variants.append([head_edit(layer, head, by_head[layer, head])])
+        p = np.exp(self.scores(prompts, variants).logprob)  # (1 + n_layer * n_head, n_prompts)
+        return (p[1:] - p[0]).mean(1).reshape(m.n_layer, m.n_head)
+
+    def scores(
+        self, prompts: Sequence[IclPrompt], variants: Sequence[Sequence[Edit]] = ((),)
+    ) -> Scores:
+        """Runs every prompt under each list of edits; by the first token of the answer."""
+        requests = [
+            Request(p.tokens, v, metric=FirstToken(p.answers)) for p in prompts for v in variants
+        ]
+        found = [r.value for r in self.model.run(requests, progress=self.progress)]
+        shape = (len(prompts), len(variants))
+        correct = np.array([s.correct for s in found]).reshape(shape).T
+        logprob = np.array([s.logprob for s in found]).reshape(shape).T
+        return Scores(correct, logprob)
+
+    def right(
+        self,
+        prompts: Sequence[IclPrompt],
+        variants: Sequence[Sequence[Edit]] = ((),),
+        *,
+        match: str = "first",
+    ) -> Bools:
+        """(n_variants, n_prompts): whether the answer is right by its first token, or exact after
+        greedy generation."""
+        if match == "first":
+            return self.scores(prompts, variants).correct
+        if match != "exact":
+            raise UsageError(f"unknown match {match!r}; known: {', '.join(MATCHES)}")
+        rows = []
+        for edits in variants:
+            said = self.answers_of(prompts, edits)
+            rows.append(
+                [
+                    exact_match(t, p.query.outputs, self.fmt.end)
+                    for t, p in zip(said, prompts, strict=True)
+                ]
+            )
+        return np.array(rows, np.bool_)
+
+    def accuracy(
+        self, prompts: Sequence[IclPrompt], edits: Sequence[Edit] = (), *, match: str = "first"
+    ) -> Accuracy:
+        """Share of right answers."""
+        return accuracy(self.right(prompts, [edits], match=match)[0])
+
+    def answers_of(self, prompts: Sequence[IclPrompt], edits: Sequence[Edit] = ()) -> list[str]:
+        """What the model says, greedily, for as long as the longest right answer and two tokens."""
+        requests = []
+        for p in prompts:
+            n = max(
+                len(self.model.tokenize(self.fmt.answer(o), bos=False)) for o in p.query.outputs
+            )
+            requests.append(Request(p.tokens, edits, logits=None, n_predict=n + 2))
+        results = self.model.run(requests, progress=self.progress)
+        return [self.model.text(r.tokens) for r in results]
+
+
+def head_edit(layer: int, head: int, mean: Array) -> Edit:
+    """Puts a head's mean (head_dim,) at the last token of a prompt."""
+    return Edit(Site("head_out", layer), "replace", mean, tokens=-1, heads=[head])

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Effects of all heads as a heatmap, and the function vectors' decoded vocabulary: Todd et al.
+# 2023, figure 3 and table 3. Plain and symmetric country and capital side by side.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+for task in antonym country_capital country_capital_sym uppercase present_past; do
+    mia function-vector extract "$task" -o "$out/fv_$task.safetensors" --plot "$out/heads_$task.svg" \
+        --prompts 50 --effect-prompts 10 -q
+done
