@@ -43,11 +43,27 @@ class Captures:
     source: str = "captures"
 
     def save(self, path: str | Path) -> None:
-        """Writes safetensors. Raises `FileError`."""
+        """Writes safetensors, or for a name that ends in .npy one bare array. Raises `FileError`."""
+        if Path(path).suffix == ".npy":
+            self._save_npy(path)
+            return
         from safetensors.numpy import save_file
 
         arrays = {k: np.ascontiguousarray(v, np.float32) for k, v in self.arrays.items()}
         write_whole(path, lambda p: save_file(arrays, p, metadata=self.metadata))
+
+    def _save_npy(self, path: str | Path) -> None:
+        if len(self.arrays) != 1:
+            raise FileError(
+                f"{path}: a .npy holds one site, not {len(self.arrays)}; name it .safetensors"
+            )
+        (array,) = self.arrays.values()
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as f:  # np.save would add a suffix to a bare name
+                np.save(f, array)
+
+        write_whole(path, write)
 
     @property
     def tokens(self) -> list[int]:
@@ -114,6 +130,8 @@ def load(path: str | Path) -> Captures:
     try:
         if path.suffix == ".npy":
             array = np.atleast_2d(np.load(path, allow_pickle=False))
+            if array.ndim > 2:
+                raise ValueError(f"its shape is {array.shape}, not (n_tokens, width)")
             captures = Captures({"": array.astype(np.float32)}, {}, str(path))
         else:
             from safetensors import safe_open

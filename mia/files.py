@@ -21,6 +21,8 @@ def check_writable(path: str | Path) -> Path:
     folder = path.parent
     if path.is_dir():
         raise FileError(f"{path} is a folder; give a file name")
+    if path.exists() and not path.is_file():  # renaming would take a device's or pipe's place
+        raise FileError(f"cannot write {path}: it is not a regular file (--json prints to stdout)")
     if not folder.is_dir():
         raise FileError(f"cannot write {path}: there is no folder {folder}")
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
@@ -30,8 +32,12 @@ def check_writable(path: str | Path) -> Path:
 
 def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with a temporary name beside `path`, then renames. Raises `FileError`."""
-    path = check_writable(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    # a link stays, and what it leads to is written
+    path = check_writable(path).resolve()
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as err:
+        raise FileError(f"cannot write {path}: {err.strerror or err}") from err
     os.close(handle)
     temporary = Path(name)
     try:

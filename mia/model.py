@@ -272,6 +272,8 @@ class Model:
         """
         if standing := tuple(self.standing_edits):
             requests = [replace(r, edits=(*standing, *r.edits)) for r in requests]
+        if isinstance(requests, Request):
+            raise UsageError("run takes a list of requests; for one: run([request])[0]")
         jobs = [Job(i, r, self.n_layer) for i, r in enumerate(requests)]
         if not jobs:
             return []
@@ -351,7 +353,7 @@ class Model:
     def _check(self, jobs: list[Job]) -> None:
         for job in jobs:
             if job.n_total > self.n_ctx:
-                n, extra = len(job.tokens), job.n_total - len(job.tokens)
+                n, extra = len(job.tokens), job.request.n_predict
                 more = f" and {extra} to generate" if extra else ""
                 raise RangeError(
                     f"a prompt of {n} tokens{more} is longer than the context of {self.n_ctx}"

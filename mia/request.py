@@ -100,6 +100,10 @@ class Request:
     stop_at_eog: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.tokens, str):
+            raise UsageError("tokens are ids, not a text; Model.tokenize makes them of one")
+        if not all(isinstance(t, (int, np.integer)) for t in self.tokens):
+            raise UsageError("tokens are whole numbers; Model.tokenize makes them of a text")
         if not len(self.tokens):
             raise UsageError("the prompt is empty; give at least one token (--bos adds one)")
         if self.n_predict < 0:

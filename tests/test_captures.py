@@ -1,6 +1,7 @@
 """Capture files: what is written is read back, and what does not fit is refused."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,39 @@ def test_nothing_is_half_written(tmp_path: Path) -> None:
         files.write_whole(path, fail)
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_pipes_and_devices_are_refused_and_links_are_followed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileError, match="not a regular file"):
+        files.write_json(tmp_path / "pipe", {})
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    files.write_json(tmp_path / "link.json", {"new": 1})
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text()) == {"new": 1}
+
+
+def test_a_folder_that_takes_no_files_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
+    with pytest.raises(FileError, match=r"cannot write .*x.json: No such file"):
+        files.write_json(tmp_path / "x.json", {})
+
+
+def test_npy_is_written_for_one_site_and_read_as_rows(tmp_path: Path) -> None:
+    Captures({"resid_post.0": ROWS}).save(tmp_path / "one.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "one.npy"), ROWS)
+    with pytest.raises(FileError, match="one site, not 2"):
+        Captures({"a": ROWS, "b": ROWS}).save(tmp_path / "two.npy")
+    np.save(tmp_path / "deep.npy", ROWS[None, None])
+    with pytest.raises(FileError, match=r"its shape is \(1, 1, 3, 4\)"):
+        captures.load(tmp_path / "deep.npy")
 
 
 def test_unwritable_places_are_named(tmp_path: Path) -> None:

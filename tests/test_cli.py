@@ -1,5 +1,6 @@
 """Every command as a person types it: what it prints, as JSON and plain, and how it refuses."""
 
+import io
 import json
 import os
 import subprocess
@@ -335,6 +336,7 @@ def test_a_warning_where_the_first_token_is_edited_without_a_bos() -> None:
     [
         (["tokens", "-p", ""], "the prompt is empty"),
         (["tokens"], "give the prompt once"),
+        (["patch", "attn_pattern-1", "none.safetensors", "-p", "x"], "there is no file"),
         (["tokens", "-f", "none.txt"], "cannot read the prompt from none.txt"),
         (["logit-lens", "l_uot", "-p", "x"], "did you mean l_out"),
         (["logit-lens", "l_out-3", "-p", "x"], "0 to 2"),
@@ -389,6 +391,29 @@ def test_models_lists_names(monkeypatch: pytest.MonkeyPatch, path: Path) -> None
     assert listed["mine"]["present"] is True and "smollm2" in listed
     assert "mine" in run("models").stdout
     assert document("tokens", "-m", "mine", "-p", "x")["model"]["name"] == "mine"
+
+
+@pytest.mark.parametrize("text", ["[x]\nwrong = 1\n", "not toml", '[x]\npath = "a"\nctx = "b"\n'])
+def test_a_faulty_models_toml_is_one_line(text: str) -> None:
+    Path("models.toml").write_text(text)
+    assert "models.toml" in refused("models")
+
+
+def test_tables_keep_sites_and_probabilities_whatever_the_width() -> None:
+    from rich.console import Console
+
+    from mia.cli._tables import lens_table
+
+    lens = document("logit-lens", "l_out", "-p", PROMPT, "-k", "8")
+    pieces = [t["text"] for t in lens["tokens"]]
+    for width in (60, 80, 130):
+        screen = Console(width=width, record=True, file=io.StringIO())
+        screen.print(lens_table(lens["lens"], pieces, len(pieces), width))
+        text = screen.export_text()
+        assert "…" not in text and "l_out-2" in text
+        assert f"{lens['lens'][0]['top'][0]['prob']:.2f}" in text
+        assert max(map(len, text.splitlines())) <= width
+    assert "fit here" in text or "8" in text
 
 
 def test_doctor_says_what_there_is() -> None:

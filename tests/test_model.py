@@ -415,3 +415,12 @@ def test_a_control_vector_is_taken_off_whatever_happens(
         UsageError, match=r"resid_post\.1 has rows of 48 here, the edit's value has 47"
     ):
         llama.model.run([Request(prompt, [Edit("l_out-1", "add", np.ones(47))])])
+
+
+def test_what_is_no_request_is_named(llama: Tiny) -> None:
+    with pytest.raises(UsageError, match=r"run takes a list of requests"):
+        llama.model.run(Request([1]))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="not a text"):
+        Request("The cat")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="whole numbers"):
+        Request([1.5, 2])  # type: ignore[list-item]

@@ -9,10 +9,11 @@ from conftest import Tiny
 from reference import check, check_same
 
 from mia import model as mia_model
-from mia._ggml import Context, Tracer
+from mia._ggml import _FLAG_COMPUTE, Context, Tracer, _Tensor, host_array
 from mia.edits import Edit
 from mia.plan import Job, Segment, build, first_block
 from mia.request import Capture, Request
+from mia.session import Session
 from mia.sites import Site
 
 
@@ -122,6 +123,27 @@ def test_no_logits_where_none_are_wanted(llama: Tiny, monkeypatch: pytest.Monkey
         assert (skips[-1] > 0) == skipped
 
 
+def _session(t: Tiny) -> Session:
+    return next(s for (callback, _), s in t.model._sessions.items() if callback)
+
+
+def test_what_is_skipped_is_not_computed(llama: Tiny, reopen: Any) -> None:
+    """The unembedding leaves the memory of the logits as it was."""
+    t = reopen(llama)
+
+    def mark(h: np.ndarray) -> np.ndarray:
+        host_array(logits)[:] = 7
+        return h
+
+    for wanted, computed in ((None, False), ("last", True)):
+        t.model.run([Request([5, 6], captures=[Capture("final_norm", -1)], logits=wanted)])
+        session = _session(t)
+        logits = session.variants[0].addrs[session.site(Site("logits")).index]
+        edit = Edit("final_norm", mark, tokens=-1)
+        t.model.run([Request([5, 6], [edit], [Capture("final_norm", -1)], logits=wanted)])
+        assert (host_array(logits) != 7).any() == computed
+
+
 # -- blocks that need not run -------------------------------------------------------------------
 
 
@@ -213,6 +235,31 @@ def test_resumed_runs_equal_whole_ones(
     for request, a, b in zip(requests, resumed, whole, strict=True):
         check_same(a, b)
         check(a, request, case.oracle)
+
+
+def test_blocks_that_are_skipped_are_off_for_one_decode(llama: Tiny, reopen: Any) -> None:
+    """ggml passes over nodes without the flag; all have it again afterwards."""
+    t, prompt = reopen(llama), llama.prompt()
+
+    def off() -> set[int]:
+        addrs = _session(t).variants[0].addrs
+        flags = [_Tensor.from_address(a).flags for a in addrs]
+        return {i for i, f in enumerate(flags) if not f & _FLAG_COMPUTE}
+
+    seen = []
+
+    def look(h: np.ndarray) -> np.ndarray:
+        seen.append(off())
+        return h
+
+    t.model.run([Request(prompt, captures=[Capture("l_out")])])
+    topology = _session(t).topology
+    requests = [Request(prompt, [Edit(f"mlp_out.{i}", look, tokens=-1)]) for i in (2, 2, 1, 2)]
+    for request, result in zip(requests, t.model.run(requests), strict=True):
+        check(result, Request(request.tokens), t.oracle)
+    # one batch, from the lowest block that any of it needs: block 1's edit, then the three of block 2
+    assert seen == [set(topology.skippable_below(1))] * 4
+    assert off() == set()
 
 
 def _roots_of(t: Tiny, requests: list[Request], n_batch: int = 512) -> list[Segment]:

@@ -181,6 +181,8 @@ def test_a_chain_of_more_forks_than_sequences(llama: Tiny, shadow: Shadow, reope
     want = t.model.run([Request(prompt, logits="all")])[0].logits
     got = np.concatenate([r.logits for r in results])
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    each = t.model.run([Request(prompt[:n], n_predict=1) for n in range(1, 271)])
+    assert [r.tokens for r in each] == [[i] for i in want.argmax(1)]
     v = t.vector()
     edits = [Edit("resid_post.0", "add", v, tokens=i, generated=False) for i in range(0, 270, 2)]
     combs = [Request(prompt[: 2 * n + 3], edits[: n + 1]) for n in range(130)]

@@ -7,10 +7,11 @@ the values back.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -152,7 +153,11 @@ class ChangeOptions:
     ] = None
     patch_mode: Annotated[
         str,
-        _option("--mode", help="How patches act: replace, add, subtract, average.", panel=CHANGES),
+        _option(
+            "--mode",
+            help="How patches act: replace, add, subtract, average (of one file and the run's own, or of several files).",
+            panel=CHANGES,
+        ),
     ] = "replace"
     ablate: Annotated[
         str | None,
@@ -222,6 +227,16 @@ class OutputOptions:
     )
 
 
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What mia raises on purpose is one line on stderr, and exit code 1."""
+    try:
+        yield
+    except MiaError as err:
+        print(f"mia: {err}", file=sys.stderr)
+        raise typer.Exit(1) from err
+
+
 @functools.cache
 def _unfolded(group: type) -> list[inspect.Parameter]:
     """A dataclass's fields as parameters; most commands have the same groups."""
@@ -258,11 +273,8 @@ def command(
         def call(**values: Any) -> None:
             for name, group in groups.items():
                 values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
-            try:
+            with one_line_errors():
                 function(**values)
-            except MiaError as err:
-                print(f"mia: {err}", file=sys.stderr)
-                raise typer.Exit(1) from err
 
         parameters = [*required, *optional]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from mia.cli._options import (
 )
 from mia.cli._output import notice
 from mia.errors import FileError, RangeError, UsageError
-from mia.sites import parse_layers, parse_many, reads_as_attn_out
+from mia.sites import BY_KEY, parse_layers, parse_many, reads_as_attn_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,6 +158,10 @@ def patch_edits(
     to = token_indices(to_text, n_tokens, "--to-token-idx")
     edits: list[Edit] = []
     for site in parse_many(edit_site(site_text, output), model.n_layer):
+        if site.name in BY_KEY:
+            raise UsageError(
+                f"{site} cannot be patched from a file; its keys are those of one prompt"
+            )
         rows = []
         for c in loaded:
             every = c.rows(site)

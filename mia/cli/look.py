@@ -116,22 +116,27 @@ def _about(topology: Topology, name: str) -> str:
 def _print_sites(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
+    screen = _wide_console()
+    # what does not fit is left out whole, from the right
+    titles = ["site", "llama.cpp", "one token's row", "layers", "TransformerLens", "node", ""]
+    n = next((n for n, width in ((7, 160), (6, 100), (5, 88)) if screen.width >= width), 4)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("site", "llama.cpp", "TransformerLens", "one token's row", "layers", "node", ""):
+    for title in titles[:n]:
         table.add_column(title, no_wrap=True)
     for r in rows:
         layers = "" if r["layers"] is None else "{}-{}".format(*r["layers"])
         shape = " × ".join(map(str, r["shape"]))
-        table.add_row(
+        cells = [
             r["site"],
             r["llama.cpp"] or "",
-            r["transformer_lens"],
             shape,
             layers,
+            r["transformer_lens"],
             r["node"],
             r["about"],
-        )
-    _wide_console().print(table)
+        ]
+        table.add_row(*cells[:n])
+    screen.print(table)
 
 
 def _wide_console() -> Any:
@@ -257,7 +262,9 @@ def _print_lens(m: Model, ids: list[int], lens: list[dict[str, Any]], n_tokens: 
     if on_terminal():
         from mia.cli._tables import lens_table
 
-        console().print(lens_table(lens, [visible(m.piece(t)) for t in ids], n_tokens))
+        console().print(
+            lens_table(lens, [visible(m.piece(t)) for t in ids], n_tokens, console().width)
+        )
         return
     for n, row in enumerate(lens):
         if n % n_tokens == 0:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from mia.cli import _work
-from mia.cli._options import ModelOptions, OutputOptions, command
-from mia.cli._output import console, finish, model_facts, notice, on_terminal, visible
+from mia.cli._options import ModelOptions, OutputOptions, command, one_line_errors
+from mia.cli._output import console, finish, model_facts, notice, on_terminal, token_list, visible
 
 
 def register(app: typer.Typer) -> None:
@@ -22,7 +22,8 @@ def register(app: typer.Typer) -> None:
         json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     ) -> None:
         if ctx.invoked_subcommand is None:
-            list_models(OutputOptions(json=json))
+            with one_line_errors():
+                list_models(OutputOptions(json=json))
 
     command(models, name="pull")(pull)
     command(models, name="convert")(convert)
@@ -183,6 +184,7 @@ def demo(output: OutputOptions) -> None:
         lens = _demo_lens(m, results[1])
         document = {
             "model": model_facts(m),
+            "tokens": token_list(m, queries["France"]),
             "source": DEMO_SOURCE,
             "site": DEMO_SITE,
             "answers": answers,
@@ -229,8 +231,9 @@ def _show_demo(document: dict[str, Any], n_source: int) -> None:
     if on_terminal():
         from mia.cli._tables import lens_table
 
-        pieces = [""] * 7
-        console().print(lens_table(document["lens"], pieces, len(document["lens"])))
+        screen = console()
+        pieces = [visible(t["text"]) for t in document["tokens"]]
+        screen.print(lens_table(document["lens"], pieces, 1, screen.width))
     else:
         for row in document["lens"]:
             print(
