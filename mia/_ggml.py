@@ -687,8 +687,9 @@ class Context:
             self.handle = None
             _views.clear()
 
-    def clear(self) -> None:
-        self.lib.L.llama_memory_clear(self.memory, False)
+    def clear(self, data: bool = False) -> None:
+        """Forgets all cells; `data` also overwrites with zeros what they held."""
+        self.lib.L.llama_memory_clear(self.memory, data)
 
     def seq_cp(self, src: int, dst: int, end: int) -> None:
         """Sequence `dst` gets the cells of `src` at positions 0 to end-1; nothing is copied."""

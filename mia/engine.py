@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mia._ggml import Sampler
+from mia._ggml import Context, Sampler
 from mia.edits import Edit
 from mia.errors import EngineError
 from mia.plan import Buffer, Job, Row, Segment
@@ -344,6 +344,7 @@ class Runner:
         for b, row in enumerate(rows):
             for job, i in row.logits:
                 line = logits[self.out_index[b]]
+                _check_numbers(self.context, line)
                 if job.logit_rows is None:
                     job.logit_rows = np.empty(
                         (len(job.logit_positions), logits.shape[1]), np.float32
@@ -356,6 +357,17 @@ class Runner:
                     else:
                         job.result.value = job.request.metric(job.logit_rows)
                     job.logit_rows = None
+
+
+def _check_numbers(context: Context, logits: Array) -> None:
+    """NaN anywhere in a row makes all its logits NaN. It is in the cache too by then, where it
+    would spoil every later run: masked cells are read, and zero times NaN is NaN."""
+    if np.isnan(logits[0]):
+        context.clear(data=True)
+        raise EngineError(
+            "the logits are not numbers (NaN): an edit is too large for the model, "
+            "or llama.cpp computes wrongly on this machine"
+        )
 
 
 def _merge_resumed(stack: list[Segment], resumed: list[Segment]) -> list[Segment]:
@@ -381,6 +393,7 @@ class _Generation:
     def choose(self, runner: Runner, output: int, batch_row: int) -> bool:
         """Picks the next token from the logits; True where it is the last."""
         logits = runner.context.logits()[output]
+        _check_numbers(runner.context, logits)
         plain = self.job.request.sampling.plain
         token = int(logits.argmax()) if plain else self.sampler.sample(runner.context, batch_row)
         top = logits[token] if plain else logits.max()

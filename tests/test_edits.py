@@ -10,7 +10,7 @@ from conftest import CASES, Tiny
 from reference import ELSEWHERE, UNTOUCHED, check, check_untouched, expected
 
 from mia.edits import OPERATORS, Edit
-from mia.errors import RangeError, SiteError, UsageError
+from mia.errors import EngineError, RangeError, SiteError, UsageError
 from mia.request import Capture, Request, Result
 from mia.sites import LAYERED, Site
 
@@ -325,6 +325,17 @@ def test_numbers_that_are_not_finite_stay_out_of_the_cache(llama: Tiny) -> None:
     wild = Edit("k.0", lambda h: h / 0.0)
     with pytest.raises(UsageError), np.errstate(all="ignore"):
         llama.model.run([Request(llama.prompt(40), [wild])])
+    request = Request(llama.prompt(5), captures=[Capture("resid_post")])
+    check(llama.model.run([request])[0], request, llama.oracle)
+
+
+@pytest.mark.parametrize("n_predict", [0, 2])
+def test_a_model_driven_to_nan_says_so_and_recovers(llama: Tiny, n_predict: int) -> None:
+    """Each edit is finite, but the scores of such queries and keys are not."""
+    wild = [Edit("q.0", "scale", coeff=1e30), Edit("k.0", "scale", coeff=1e30)]
+    logits = None if n_predict else "last"
+    with pytest.raises(EngineError, match="the logits are not numbers"):
+        llama.model.run([Request(llama.prompt(40), wild, logits=logits, n_predict=n_predict)])
     request = Request(llama.prompt(5), captures=[Capture("resid_post")])
     check(llama.model.run([request])[0], request, llama.oracle)
 

@@ -138,7 +138,7 @@ def test_how_much_is_generated(llama: Tiny, reopen: Any, decoded: list[int]) -> 
     assert len(one.tokens) == 1 and sum(decoded) == 12
     full = Request(prompt, n_predict=5, stop_at_eog=False)  # the fifth is not fed back
     assert len(t.model.run([full])[0].tokens) == 5
-    with pytest.raises(RangeError, match=r"12 tokens and 5 to generate is longer than .* of 16"):
+    with pytest.raises(RangeError, match=r"12 tokens and 6 to generate is longer than .* of 16"):
         t.model.run([Request(prompt, n_predict=6)])
     with pytest.raises(UsageError, match="n_predict -1 is negative"):
         Request(prompt, n_predict=-1)

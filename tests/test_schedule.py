@@ -38,9 +38,9 @@ class Shadow:
         monkeypatch.setattr(Runner, "__init__", spy_init)
 
     def _spy(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        def call(context: Context, *args: Any) -> Any:
-            getattr(self, name)(context, *args)
-            return plain(context, *args)
+        def call(context: Context, *args: Any, **options: Any) -> Any:
+            getattr(self, name)(context, *args, **options)
+            return plain(context, *args, **options)
 
         return call
 
@@ -66,7 +66,7 @@ class Shadow:
                 s.discard(seq)
         self.cells[context] = [c for c in self.cells[context] if c[1]]
 
-    def clear(self, context: Context) -> None:
+    def clear(self, context: Context, data: bool = False) -> None:
         self.cells[context] = []
 
     def check_all_given_back(self) -> None:

@@ -100,7 +100,12 @@ def test_position_rules_reach_generated_tokens_or_not(case: Tiny, rule: str, op:
         n = len(request.tokens)
         before = {k: x[:n] for k, x in want.items()}
         assert check_untouched(
-            _cut(got, n), _cut(plain, n), before, {k: x[:n] for k, x in same.items()}, atol=3e-5
+            case.oracle,
+            _cut(got, n),
+            _cut(plain, n),
+            before,
+            {k: x[:n] for k, x in same.items()},
+            atol=3e-5,
         )
 
 
