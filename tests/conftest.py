@@ -1,5 +1,6 @@
 """Tiny random models for all tests, opened once: `tiny("llama")` is a model and its oracle."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,6 +26,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2-window": ("gemma2", {"window": 4}),
     "gpt2": ("gpt2", {}),
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """A shell starts what runs in its background deaf to Ctrl-C; the tests of it need ears."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
 
 
 @dataclass(frozen=True)

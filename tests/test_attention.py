@@ -101,9 +101,9 @@ def test_flash_attention_is_off_only_where_patterns_are_read(
     used: list[bool] = []
     plain = type(model)._session
 
-    def session(self: object, callback: bool, flash: bool, budget: int) -> object:
+    def session(self: object, callback: bool, flash: bool, *size: int) -> object:
         used.append(flash)
-        return plain(model, callback, flash, budget)
+        return plain(model, callback, flash, *size)
 
     monkeypatch.setattr(type(model), "_session", session)
     tokens = llama.prompt(5)

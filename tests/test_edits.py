@@ -89,7 +89,8 @@ def _operator_requests(t: Tiny, prompt: list[int]) -> list[Request]:
             if len(requests) % 4 == 3:
                 more["keep_norm"] = op != "zero"
             edit = Edit(op=op, tokens=tokens, generated=False, **where, **more)
-            requests.append(Request(prompt, [edit], [_everything(t)], "all"))
+            captures = [Capture([where["site"], "k", "head_out", "mlp_out", "resid_post"])]
+            requests.append(Request(prompt, [edit], captures, "all"))
     return requests
 
 
