@@ -307,6 +307,7 @@ class Runner:
         first = dict(zip(reversed(seqs), reversed(positions.tolist()), strict=True))
         for _ in range(4):
             if self.context.tracer is not None:
+                self.session.turn_to(bool(outputs.any()))
                 self._expect(rows, resume, batch)
             if self.context.decode(tokens, positions, seq_ids, outputs):
                 return

@@ -12,7 +12,7 @@ from mia.graph import SiteNode, Topology
 from mia.sites import Site
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Variant:
     """A topology at the addresses where it was last seen."""
 
@@ -26,6 +26,8 @@ class Session:
     def __init__(self, context: Context):
         self.context = context
         self.variants: list[Variant] = []
+        self._with_outputs = True
+        self._last: dict[bool, Variant] = {}
         if context.tracer is not None:
             self._scout()
 
@@ -41,6 +43,14 @@ class Session:
         self.context.clear()
         self.learn()
 
+    def turn_to(self, with_outputs: bool) -> None:
+        """Makes the graph first that was last seen for batches with, or without, outputs:
+        llama.cpp keeps one of each, at addresses of their own."""
+        self._with_outputs = with_outputs
+        found = self._last.get(with_outputs)
+        if found is not None and found in self.variants:
+            self._put_first(found)
+
     def learn(self) -> None:
         """Makes the graph that the tracer has just seen the first one to expect."""
         assert self.context.tracer is not None
@@ -53,7 +63,12 @@ class Session:
             found = Variant(
                 addrs, topology or Topology(nodes, n_layer=model.n_layer, n_head=model.n_head)
             )
-        self.variants = [found, *[v for v in self.variants if v is not found][:7]]
+        self._last[self._with_outputs] = found
+        self._put_first(found)
+
+    def _put_first(self, variant: Variant) -> None:
+        if not self.variants or self.variants[0] is not variant:
+            self.variants = [variant, *[v for v in self.variants if v is not variant][:7]]
 
     def site(self, site: Site) -> SiteNode:
         """Raises `SiteError` naming the sites that this graph has."""

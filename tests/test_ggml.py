@@ -366,3 +366,18 @@ def test_the_registry_and_the_library_know_the_same_cache_types() -> None:
     from mia import registry
 
     assert set(registry.KV_TYPES) == set(_ggml.GGML_TYPES)
+
+
+def test_graphs_with_and_without_outputs_are_both_remembered(
+    llama: Tiny, decoded: list[int]
+) -> None:
+    """llama.cpp keeps one of each; going from one to the other repeats no decode."""
+    tokens = llama.prompt(7)
+    silent = Request(tokens, captures=[Capture("l_out-0")], logits=None)
+    spoken = Request(tokens, captures=[Capture("l_out-0")])
+    for request in (silent, spoken):
+        llama.model.run([request])
+    decoded.clear()
+    for request in (silent, spoken, silent, spoken):
+        llama.model.run([request])
+    assert decoded == [7, 7, 7, 7]
