@@ -27,6 +27,9 @@ Index = npt.NDArray[np.intp]
 MAX_SEQ = 256
 #: bytes of logits that one decode may produce
 _LOGITS_BYTES = 64 << 20
+#: a segment with so many outputs whose logits nobody wants has them decoded apart from those
+#: whose logits are wanted: the unembedding, a fifth of a small model's work, is then left out
+_MUTE_ROWS = 16
 #: rows after which a batch of resumed segments ends at the next change of layer
 _RESUMED_ROWS = 32
 
@@ -92,6 +95,8 @@ class Runner:
         rows = outputs = 0
         if stack and stack[-1].resume and not partial:
             return self._fill_resumed(stack)
+        kind: bool | None = None  # of the batch's outputs: mute or not
+        held: list[Segment] = []
         while rows < self.n_ubatch and outputs < self.max_outputs:
             if partial:
                 seg = partial.pop()
@@ -103,10 +108,21 @@ class Runner:
             while (
                 end < len(seg.rows) and rows < self.n_ubatch and outputs + n_out < self.max_outputs
             ):
-                n_out += self._is_output(seg, end)
+                if self._is_output(seg, end):
+                    mute = seg.mute_rows >= _MUTE_ROWS and not self._speaks(seg, end)
+                    if kind is not None and kind != mute:
+                        break
+                    kind = mute
+                    n_out += 1
                 end, rows = end + 1, rows + 1
             outputs += n_out
-            batch.append((seg, seg.done_rows, end))
+            if end == seg.done_rows:
+                held.append(seg)
+                if not partial:
+                    break
+            else:
+                batch.append((seg, seg.done_rows, end))
+        partial.extend(held)
         return batch
 
     def _fill_resumed(self, stack: list[Segment]) -> list[tuple[Segment, int, int]]:
@@ -146,6 +162,9 @@ class Runner:
             return False
         seg.seq = self.free.pop() if seg.parent is None else self._fork(seg.parent)
         self.used += len(seg.rows) + seg.growth
+        if self._ends:
+            speaking = sum(self._speaks(seg, i) for i in range(len(seg.rows)))
+            seg.mute_rows = sum(self._is_output(seg, i) for i in range(len(seg.rows))) - speaking
         return True
 
     def _fork(self, seg: Segment) -> int:
@@ -277,13 +296,18 @@ class Runner:
     def _is_output(self, seg: Segment, i: int) -> bool:
         """Whether a row must be an output: for its logits, or for a site that only outputs have."""
         row = seg.rows[i]
-        if row.logits or (i == len(seg.rows) - 1 and any(j.request.n_predict for j in seg.jobs)):
+        if self._speaks(seg, i):
             return True
         if not self._ends:
             return False
         if any(self.edits[edit_id][1] in self._ends for _, edit_id, _ in row.edits):
             return True
         return any(self._at_end(buffer) for buffer, _ in row.captures)
+
+    def _speaks(self, seg: Segment, i: int) -> bool:
+        """Whether a row's logits are wanted, not only what lies before them."""
+        last = i == len(seg.rows) - 1
+        return bool(seg.rows[i].logits) or (last and any(j.request.n_predict for j in seg.jobs))
 
     def _at_end(self, buffer: Buffer) -> bool:
         found = self._buffer_ends.get(id(buffer))

@@ -150,6 +150,8 @@ class Segment:
     unfinished: int = 0
     generations: int = 0
     growth_free: bool = True
+    #: rows that are outputs only for what is read at the end of the last block
+    mute_rows: int = 0
 
     def drop_saved(self) -> None:
         """Lets go of the saved residuals when the last segment that starts from them has run."""

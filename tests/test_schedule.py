@@ -295,3 +295,17 @@ def test_any_requests_together_are_as_alone(
     for request, a, b in zip(requests, alone, together, strict=True):
         check_same(a, b)
         check(b, request, t.oracle)
+
+
+def test_outputs_that_nobody_wants_the_logits_of_run_apart(llama: Tiny, decoded: list[int]) -> None:
+    """All of the last block's rows and the last token's logits: the unembedding runs for two rows."""
+    prompts = [llama.prompt(30), llama.prompt(25)[::-1]]
+    requests = [Request(p, captures=[Capture("l_out")]) for p in prompts]
+    results = llama.model.run(requests)
+    assert decoded == [29 + 24, 2]
+    for request, result in zip(requests, results, strict=True):
+        check(result, request, llama.oracle)
+    decoded.clear()
+    short = Request(llama.prompt(9), captures=[Capture("l_out")])
+    check(llama.model.run([short])[0], short, llama.oracle)
+    assert decoded == [9]
