@@ -7,6 +7,8 @@ node that nobody wants costs one comparison. What the tracer hands out are plain
 integers (addresses); `describe` turns one into a `Node`, `rows_of` into a numpy
 array that lies in the tensor's own memory, or in a copy of it on a GPU.
 
+The file is long because nothing outside it may hold a pointer.
+
 Everything that the library holds a pointer to (callbacks, batches, the log
 callback) is kept alive by the object that made it.
 """
