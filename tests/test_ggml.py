@@ -1,7 +1,10 @@
 """The boundary to llama.cpp: layouts, tensors, stored types, graphs that come unexpected."""
 
 import ctypes
+import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -369,15 +372,36 @@ def test_the_registry_and_the_library_know_the_same_cache_types() -> None:
 
 
 def test_graphs_with_and_without_outputs_are_both_remembered(
-    llama: Tiny, decoded: list[int]
+    llama: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """llama.cpp keeps one of each; going from one to the other repeats no decode."""
+    """llama.cpp keeps one of each; going from one to the other is no surprise."""
     tokens = llama.prompt(7)
     silent = Request(tokens, captures=[Capture("l_out-0")], logits=None)
     spoken = Request(tokens, captures=[Capture("l_out-0")])
     for request in (silent, spoken):
         llama.model.run([request])
-    decoded.clear()
+    surprises: list[int] = []
+    monkeypatch.setattr(Session, "learn", lambda self: surprises.append(1))
     for request in (silent, spoken, silent, spoken):
         llama.model.run([request])
-    assert decoded == [7, 7, 7, 7]
+    assert not surprises
+
+
+def test_waiting_threads_do_not_spin_for_long() -> None:
+    code = "import os; from mia._ggml import library; library(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    for given, expected in (
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+    ):
+        env = {
+            k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+        }
+        out = subprocess.run(
+            [sys.executable, "-c", code],
+            env=env | given,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert out.stdout.strip() == expected
