@@ -601,9 +601,6 @@ class LlamaModel:
     def is_eog(self, token: int) -> bool:
         return bool(self.lib.L.llama_vocab_is_eog(self.vocab, token))
 
-    def is_control(self, token: int) -> bool:
-        return bool(self.lib.L.llama_vocab_is_control(self.vocab, token))
-
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Token ids, no BOS or EOS added; `special` reads `<|…|>` as control tokens."""
         raw = text.encode()
