@@ -3,7 +3,7 @@
 llama.cpp's scheduler asks for every node of the graph "do you want to see this
 one?" (`ask`), computes up to it where the answer is yes, and calls again with
 the node's data in place. `Tracer` answers from a list made beforehand, so a
-node that nobody wants costs one comparison. What the tracer hands out are plain
+node that nobody wants costs one comparison, in compiled code where it can. What the tracer hands out are plain
 integers (addresses); `describe` turns one into a `Node`, `rows_of` into a numpy
 array that lies in the tensor's own memory, or in a copy of it on a GPU.
 
@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes as C
+import importlib.machinery
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,6 @@ from mia.errors import EngineError, ModelError
 
 F32 = np.float32
 Array = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int32]
 
 # no quantized caches: llama.cpp rotates their values, and with them what `kqv_out` shows
 GGML_TYPES = {"f32": 0, "f16": 1, "bf16": 30}
@@ -425,44 +425,103 @@ def type_bytes(ggml_type: int, n: int) -> int:
 # the callback
 
 
+class _Watch(C.Structure):
+    """What mia/_watch.c works on."""
+
+    _fields_ = (
+        ("index", C.c_int64),
+        ("n", C.c_int64),
+        ("addrs", C.c_void_p),
+        ("wanted", C.c_void_p),
+        ("python", C.c_void_p),
+    )
+
+
+_ASK_PYTHON = 2  # in `_Watch.wanted`
+
+
+@cache
+def _native_watch() -> C.CDLL | None:
+    """mia/_watch.c as setuptools has built it; None where there was no compiler, and with
+    MIA_NATIVE=0, by which one can see whether it is to blame for something."""
+    if os.environ.get("MIA_NATIVE") == "0":
+        return None
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        built = Path(__file__).with_name(f"_watch{suffix}")
+        if built.is_file():
+            with contextlib.suppress(OSError):
+                return C.CDLL(str(built))
+    return None
+
+
+def has_native_watch() -> bool:
+    """Whether the scheduler's questions are answered by compiled code."""
+    return _native_watch() is not None
+
+
 class Tracer:
     """Answers the scheduler while one decode runs.
 
-    The caller gives what it expects: the nodes' addresses in graph order and,
-    for each, whether it is wanted. Should another graph come by, nothing more is
-    computed in this decode, every node is recorded in `seen`, and the caller
-    looks at them, makes new expectations, and decodes again.
+    The caller gives what it expects: the nodes' addresses in graph order, and which of
+    them are wanted. Should another graph come by, nothing more is computed in this
+    decode, every node is recorded in `seen`, and the caller looks at them, makes new
+    expectations, and decodes again.
+
+    Compiled code, where there is some, answers the questions about expected nodes; all
+    else comes to `_answer`.
     """
 
     def __init__(self) -> None:
-        self.addrs: list[int] = []
-        self.wants: list[bool] = []
-        self.skip: npt.NDArray[np.intp] = np.empty(0, np.intp)
+        self.addrs: Sequence[int] = ()
+        self.skip: Sequence[int] = ()
+        self.wanted: Container[int] = ()
         self.on_data: Callable[[int, int], None] = lambda index, addr: None
         self.seen: list[int] = []
         self.error: BaseException | None = None
         self._index = 0
         self._n = 0
         self._muted: list[int] = []
-        self.callback = library().L.ggml_backend_sched_eval_callback(self._make())
+        watch = _native_watch()
+        kind = library().L.ggml_backend_sched_eval_callback
+        self._watch: _Watch | None = None
+        if watch is None:
+            self.callback, self.user_data = kind(self._answer), None
+            return
+        self._python = kind(self._answer_watch)
+        self._watch = _Watch(python=C.cast(self._python, C.c_void_p))
+        self.callback = kind(("mia_watch", watch))
+        self.user_data = C.addressof(self._watch)
 
     def expect(
         self,
-        addrs: list[int],
-        wants: list[bool],
+        addrs: Sequence[int],
+        wanted: Mapping[int, object],
         skip: Sequence[int],
         on_data: Callable[[int, int], None],
     ) -> None:
-        """`skip`: indices of nodes that are not to be computed in this decode."""
-        self.addrs, self.wants, self.on_data = addrs, wants, on_data
-        self.skip = np.asarray(skip, np.intp)
+        """`wanted`: indices of the nodes that `on_data(index, address)` is to be called with, once
+        they are computed; `skip`: of those that are not to be computed in this decode."""
+        if self._watch is not None:
+            if addrs is not self.addrs:
+                self._addrs = np.array(addrs, np.uint64)
+                self._watch.addrs = self._addrs.ctypes.data
+            flags = self._flags = np.zeros(len(addrs), np.uint8)
+            flags[list(wanted)] = 1
+            if skip:
+                flags[0] = _ASK_PYTHON  # which mutes them then
+            self._watch.wanted = flags.ctypes.data
+        self.addrs, self.wanted, self.skip, self.on_data = addrs, wanted, skip, on_data
 
     def begin(self) -> None:
         self._index, self._n, self.error = 0, len(self.addrs), None
+        if self._watch is not None:
+            self._watch.index, self._watch.n = 0, self._n
         self.seen.clear()
 
     def end(self) -> bool:
         """True where the graph was the expected one, to the last node."""
+        if self._watch is not None:
+            self._index = self._watch.index
         for addr in self._muted:
             _Tensor.from_address(addr).flags |= _FLAG_COMPUTE
         self._muted.clear()
@@ -476,39 +535,36 @@ class Tracer:
         if self.error is None:
             self.error = error
         self._n = 0
+        if self._watch is not None:
+            self._watch.n = 0
 
-    def _mute(self, addr: int) -> None:
-        """Takes a node out of this decode: every ggml backend passes over nodes without the flag."""
-        t = _Tensor.from_address(addr)
-        if t.flags & _FLAG_COMPUTE:
-            t.flags &= ~_FLAG_COMPUTE
-            self._muted.append(addr)
+    def _answer_watch(self, addr: int, ask: bool, _: Any) -> bool:
+        watch = self._watch
+        assert watch is not None
+        self._index = watch.index
+        answer = self._answer(addr, ask, None)
+        watch.index, watch.n = self._index, self._n
+        return answer
 
-    def _make(self) -> Callable[[int, bool, Any], bool]:
-        def callback(addr: int, ask: bool, _: Any) -> bool:
-            if ask:
-                i = self._index
-                if i < self._n and self.addrs[i] == addr:
-                    self._index = i + 1
-                    if i == 0 and len(self.skip):
-                        self._mute_expected()
-                    return self.wants[i]
-                return self._unexpected(addr)
-            if self.error is not None:
-                return False
-            try:
-                if not self.seen:
-                    self.on_data(self._index - 1, addr)
-            except BaseException as err:
-                self.stop(err)
-                return False
-            return True
-
-        return callback
-
-    def _mute_expected(self) -> None:
-        for i in self.skip:
-            self._mute(self.addrs[i])
+    def _answer(self, addr: int, ask: bool, _: Any) -> bool:
+        if ask:
+            i = self._index
+            if i < self._n and self.addrs[i] == addr:
+                self._index = i + 1
+                if i == 0 and self.skip:
+                    for skipped in self.skip:
+                        self._mute(self.addrs[skipped])
+                return i in self.wanted
+            return self._unexpected(addr)
+        if self.error is not None:
+            return False
+        try:
+            if not self.seen:
+                self.on_data(self._index - 1, addr)
+        except BaseException as err:
+            self.stop(err)
+            return False
+        return True
 
     def _unexpected(self, addr: int) -> bool:
         if self.error is not None:
@@ -520,6 +576,13 @@ class Tracer:
         self.seen.append(addr)
         self._mute(addr)
         return False
+
+    def _mute(self, addr: int) -> None:
+        """Takes a node out of this decode: every ggml backend passes over nodes without the flag."""
+        t = _Tensor.from_address(addr)
+        if t.flags & _FLAG_COMPUTE:
+            t.flags &= ~_FLAG_COMPUTE
+            self._muted.append(addr)
 
 
 # ---------------------------------------------------------------------------
@@ -672,6 +735,7 @@ class Context:
         self.tracer = Tracer() if params.callback else None
         if self.tracer is not None:
             p.cb_eval = self.tracer.callback
+            p.cb_eval_user_data = self.tracer.user_data
         self.handle = L.llama_init_from_model(model.handle, p)
         if not self.handle:
             why = self.lib.last_error()
@@ -679,11 +743,36 @@ class Context:
         self.memory = L.llama_get_memory(self.handle)
         self.n_ctx = int(L.llama_n_ctx(self.handle))
         self._n_outputs = 0
+        self._directions: Array | None = None
+        self._logits: tuple[int, Array] = (0, np.empty((0, 0), F32))
+        self._make_batch(params.n_ubatch)
+
+    def _make_batch(self, n: int) -> None:
+        """One batch that every decode fills anew: making its pointers takes longer than that."""
+        L = self.lib.L
+        self._tokens, self._positions, self._seqs = (np.zeros(n, np.int32) for _ in range(3))
+        self._outputs = np.zeros(n, np.int8)
+        self._one = np.ones(n, np.int32)  # sequences of each row
+        self._seq_lists = self._seqs.ctypes.data + np.arange(n, dtype=np.uintp) * 4
+
+        def ptr(a: npt.NDArray[Any], kind: Any) -> Any:
+            return C.cast(a.ctypes.data, C.POINTER(kind))
+
+        self._batch = L.llama_batch(
+            n,
+            ptr(self._tokens, C.c_int32),
+            None,
+            ptr(self._positions, C.c_int32),
+            ptr(self._one, C.c_int32),
+            ptr(self._seq_lists, C.POINTER(C.c_int32)),
+            ptr(self._outputs, C.c_int8),
+        )
 
     def close(self) -> None:
         if self.handle:
             self.lib.L.llama_free(self.handle)
             self.handle = None
+            self._logits = 0, np.empty((0, 0), F32)
             _views.clear()
 
     def clear(self, data: bool = False) -> None:
@@ -698,42 +787,52 @@ class Context:
         return bool(self.lib.L.llama_memory_seq_rm(self.memory, seq, start, -1))
 
     def set_control_vector(self, directions: Array | None) -> None:
-        """`directions`: (n_layer - 1, n_embd), added at the end of blocks 1 …; None takes it off."""
-        L, n_embd, n_layer = self.lib.L, self.model.n_embd, self.model.n_layer
+        """`directions`: (n_layer - 1, n_embd), added at the end of blocks 1 …; None takes it off.
+
+        It stays until the next call: llama.cpp plans its buffers anew at every change.
+        """
+        L, n_embd = self.lib.L, self.model.n_embd
+        if directions is not None and not directions.any():
+            directions = None
+        last = self._directions
+        if last is directions or (
+            last is not None and directions is not None and np.array_equal(last, directions)
+        ):
+            return
         if directions is None:
             L.llama_set_adapter_cvec(self.handle, None, 0, n_embd, -1, -1)
+            self._directions = None
             return
-        data = np.ascontiguousarray(directions, F32)
+        data = np.array(directions, F32)
         pointer = data.ctypes.data_as(C.POINTER(C.c_float))
-        if L.llama_set_adapter_cvec(self.handle, pointer, data.size, n_embd, 1, n_layer - 1) != 0:
+        # each block in the range gets an addition, whether there is something to add or not
+        used = np.flatnonzero(data.any(1)) + 1
+        size, ends = data.size, (int(used[0]), int(used[-1]))
+        if L.llama_set_adapter_cvec(self.handle, pointer, size, n_embd, *ends) != 0:
             raise EngineError(f"llama.cpp refuses the control vector: {self.lib.last_error()}")
+        self._directions = data
 
     def decode(
-        self, tokens: IntArray, positions: IntArray, seqs: IntArray, outputs: npt.NDArray[np.int8]
+        self,
+        tokens: Sequence[int] | npt.NDArray[np.integer[Any]],
+        positions: Sequence[int] | npt.NDArray[np.integer[Any]],
+        seqs: Sequence[int] | npt.NDArray[np.integer[Any]],
+        outputs: Sequence[bool] | npt.NDArray[np.integer[Any]],
     ) -> bool:
-        """Runs one micro-batch. False where the graph was not the expected one (see `Tracer`):
+        """Runs one micro-batch: for each row its token, position, sequence, and whether its logits
+        are wanted. False where the graph was not the expected one (see `Tracer`):
         nothing was computed, the caller looks at `tracer.seen` and decodes again.
 
         Raises `EngineError` where llama.cpp fails, and what the callback's code raised.
         """
         n = len(tokens)
-        one = np.ones(n, np.int32)
-        pointers = seqs.ctypes.data + np.arange(n, dtype=np.uintp) * 4
-        L = self.lib.L
-
-        def ptr(a: npt.NDArray[Any], kind: Any) -> Any:
-            return C.cast(a.ctypes.data, C.POINTER(kind))
-
-        batch = L.llama_batch(
-            n,
-            ptr(tokens, C.c_int32),
-            None,
-            ptr(positions, C.c_int32),
-            ptr(one, C.c_int32),
-            ptr(pointers, C.POINTER(C.c_int32)),
-            ptr(outputs, C.c_int8),
-        )
-        self._n_outputs = int(np.count_nonzero(outputs))
+        if n > len(self._tokens):
+            raise EngineError(f"{n} rows are more than the {len(self._tokens)} of a micro-batch")
+        self._tokens[:n], self._positions[:n] = tokens, positions
+        self._seqs[:n], self._outputs[:n] = seqs, outputs
+        L, batch = self.lib.L, self._batch
+        batch.n_tokens = n
+        self._n_outputs = int(np.count_nonzero(self._outputs[:n]))
         tracer, expected = self.tracer, True
         if tracer is None:
             code = L.llama_decode(self.handle, batch)
@@ -756,7 +855,12 @@ class Context:
         addr = C.cast(p, C.c_void_p).value
         if not addr:
             raise EngineError("llama.cpp gave no logits")
-        return np.asarray(_Memory(addr, (self._n_outputs, self.model.n_vocab), None, "<f4"))
+        known, array = self._logits
+        if known != addr or len(array) != self._n_outputs:
+            shape = (self._n_outputs, self.model.n_vocab)
+            array = np.asarray(_Memory(addr, shape, None, "<f4"))
+            self._logits = addr, array
+        return array
 
 
 @contextlib.contextmanager

@@ -56,24 +56,20 @@ def _blend(h: Array, v: Array, c: Coeff) -> Array:
     return h * (1 - c) + v * c
 
 
-def _project_out(h: Array, v: Array, c: Coeff) -> Array:
-    unit = v / np.linalg.norm(v, axis=-1, keepdims=True)
+def _project_out(h: Array, unit: Array, length: Array, c: Coeff) -> Array:
     return h - (h * unit).sum(-1, keepdims=True) * unit
 
 
-def _project_out_add(h: Array, v: Array, c: Coeff) -> Array:
-    return _project_out(h, v, c) + c * v
+def _project_out_add(h: Array, unit: Array, length: Array, c: Coeff) -> Array:
+    return h + (c * length - (h * unit).sum(-1, keepdims=True)) * unit
 
 
-def _clamp(h: Array, v: Array, c: Coeff) -> Array:
-    norm = np.linalg.norm(v, axis=-1, keepdims=True)
-    unit = v / norm
-    short = c * norm - (h * unit).sum(-1, keepdims=True)
-    return h + np.maximum(short, 0) * unit
+def _clamp(h: Array, unit: Array, length: Array, c: Coeff) -> Array:
+    return h + np.maximum(c * length - (h * unit).sum(-1, keepdims=True), 0) * unit
 
 
-def _cap(h: Array, v: Array, c: Coeff) -> Array:
-    return -_clamp(-h, v, -c)
+def _cap(h: Array, unit: Array, length: Array, c: Coeff) -> Array:
+    return h + np.minimum(c * length - (h * unit).sum(-1, keepdims=True), 0) * unit
 
 
 def _with_norm_of(h: Array, out: Array) -> Array:
@@ -86,20 +82,21 @@ _WITH_VALUE: dict[str, Callable[[Array, Array, Coeff], Array]] = {
     "add": _add,
     "mean": _replace,
     "blend": _blend,
+}
+#: operators of v as a direction, which a zero vector has not, and a length
+_DIRECTED: dict[str, Callable[[Array, Array, Array, Coeff], Array]] = {
     "project_out": _project_out,
     "project_out_add": _project_out_add,
     "clamp": _clamp,
     "cap": _cap,
 }
-#: operators that read v's direction, which a zero vector has not
-_DIRECTED = ("project_out", "project_out_add", "clamp", "cap")
 #: operators whose coefficient may differ along the row
 _ALONG = ("add", "scale", "blend")
 _WITHOUT_VALUE: dict[str, Callable[[Array, Coeff], Array]] = {
     "scale": lambda h, c: h * c,
     "zero": lambda h, c: np.zeros_like(h),
 }
-OPERATORS = (*_WITH_VALUE, *_WITHOUT_VALUE)
+OPERATORS = (*_WITH_VALUE, *_DIRECTED, *_WITHOUT_VALUE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,22 +128,32 @@ class Edit:
     dims: Sequence[int] | None = None
     coeff: float | Sequence[float] | Array = 1.0
     keep_norm: bool = False
+    # for operators of a direction: the unit vector and its length
     _value: Array | None = field(init=False, repr=False, default=None)
+    _length: Array | None = field(init=False, repr=False, default=None)
     _coeff: Coeff = field(init=False, repr=False, default=np.float32(1))
 
     def __post_init__(self) -> None:
         if isinstance(self.op, str):
             if self.op not in OPERATORS:
                 raise UsageError(f"unknown operator {self.op!r}; known: {', '.join(OPERATORS)}")
-            if (self.op in _WITH_VALUE) != (self.value is not None):
+            with_value = self.op not in _WITHOUT_VALUE
+            if with_value != (self.value is not None):
                 raise UsageError(
-                    f"operator {self.op!r} {'needs a' if self.op in _WITH_VALUE else 'takes no'} value"
+                    f"operator {self.op!r} {'needs a' if with_value else 'takes no'} value"
                 )
         elif not callable(self.op):
             raise UsageError(f"op is neither an operator's name nor a function: {self.op!r}")
         object.__setattr__(self, "_coeff", self._checked_coeff())
         if self.value is not None:
             object.__setattr__(self, "_value", self._checked_value())
+        if self.op in _DIRECTED:
+            assert self._value is not None
+            length = np.linalg.norm(self._value, axis=-1, keepdims=True)
+            if not length.all():
+                raise UsageError(f"the direction of the edit at {self.site} is zero")
+            object.__setattr__(self, "_length", length)
+            object.__setattr__(self, "_value", self._value / length)
 
     def _checked_coeff(self) -> Coeff:
         c = np.asarray(self.coeff, np.float32)
@@ -172,8 +179,6 @@ class Edit:
             )
         if self.op == "mean" and v.ndim == 2:
             v = v.mean(0)
-        if self.op in _DIRECTED and not np.linalg.norm(v, axis=-1).all():
-            raise UsageError(f"the direction of the edit at {self.site} is zero")
         return v
 
     @property
@@ -240,7 +245,7 @@ class Edit:
             which: rows of the batch.
             picks: for each of them, its place among the selected tokens (its row of the value).
         """
-        index: tuple[Any, ...] = (which,)
+        index: Any = as_slice(which)
         if self.heads is not None:
             heads = np.asarray(self.heads, np.intp)
             if self.dims is None:
@@ -267,11 +272,22 @@ class Edit:
             c = np.repeat(c, h.shape[1] // len(c))
         if self.op in _WITHOUT_VALUE:
             return _WITHOUT_VALUE[self.op](h, c)
-        v = self._value
+        v, length = self._value, self._length
         assert v is not None
         if v.ndim == 2:
-            v = v[picks] if v.shape[0] > 1 else v[0]
+            at = picks if v.shape[0] > 1 else 0
+            v, length = v[at], None if length is None else length[at]
+        if length is not None:
+            return _DIRECTED[self.op](h, v, length, c)
         return _WITH_VALUE[self.op](h, v, c)
+
+
+def as_slice(index: npt.NDArray[np.intp]) -> npt.NDArray[np.intp] | slice:
+    """Indices that follow each other as a slice, which numpy takes several times as fast."""
+    first, n = int(index[0]), len(index)
+    if n == 1 or (int(index[-1]) == first + n - 1 and bool((np.diff(index) == 1).all())):
+        return slice(first, first + n)
+    return index
 
 
 def resolve_tokens(tokens: Tokens, n_tokens: int) -> list[int]:

@@ -16,7 +16,7 @@ from mia._ggml import Context, Sampler
 from mia.edits import Edit
 from mia.errors import EngineError
 from mia.plan import Buffer, Job, Row, Segment
-from mia.session import Session
+from mia.session import Session, Variant
 from mia.sites import BY_KEY, Site
 from mia.visits import Visits
 
@@ -66,6 +66,8 @@ class Runner:
         self.out_index: Index = np.empty(0, np.intp)
         self.scores = np.empty(self.context.model.n_vocab, np.float32)  # scratch
         self.track_cells = any(site.name in BY_KEY for site in sites)
+        #: what the tracer expects as long as the same generations go on, at the same graph
+        self._standing: tuple[Visits, Sequence[_Generation], Variant] | None = None
         nodes = session.topology.sites if session.variants else {}
         self._ends = {s for s in sites if s in nodes and nodes[s].outputs_only}
         self._buffer_ends: dict[int, bool] = {}
@@ -183,7 +185,7 @@ class Runner:
         rows = [r for seg, a, b in batch for r in seg.rows[a:b]]
         seqs = [seg.seq for seg, a, b in batch for _ in range(a, b)]
         out = [self._is_output(seg, i) for seg, a, b in batch for i in range(a, b)]
-        self._decode(rows, seqs, out, batch)
+        self._decode(rows, seqs, out, batch=batch)
         self._collect_logits(rows, out)
         at = 0
         ready: list[Segment] = []
@@ -262,7 +264,7 @@ class Runner:
     def _generate_step(self) -> None:
         now = self.generating[: min(self.n_ubatch, self.max_outputs)]
         rows = [g.next_row() for g in now]
-        self._decode(rows, [g.seq for g in now], [True] * len(now), [])
+        self._decode(rows, [g.seq for g in now], [True] * len(now), generations=now)
         for i, g in enumerate(now):
             if g.choose(self, i, i):
                 self._end_generation(g)
@@ -320,47 +322,59 @@ class Runner:
         rows: Sequence[Row],
         seqs: Sequence[int],
         out: Sequence[bool],
-        batch: Sequence[tuple[Segment, int, int]],
+        *,
+        batch: Sequence[tuple[Segment, int, int]] = (),
+        generations: Sequence[_Generation] = (),
     ) -> None:
-        tokens = np.fromiter((r.token for r in rows), np.int32, len(rows))
-        positions = np.fromiter((r.pos for r in rows), np.int32, len(rows))
-        seq_ids = np.asarray(seqs, np.int32)
-        outputs = np.asarray(out, np.int8)
-        self.out_index = np.cumsum(outputs, dtype=np.intp) - 1
-        resume = min((seg.resume for seg, _, _ in batch), default=0)
-        first = dict(zip(reversed(seqs), reversed(positions.tolist()), strict=True))
+        """The next rows of segments, or the next token of generations."""
+        tokens, positions = [r.token for r in rows], [r.pos for r in rows]
+        if not generations:
+            self.out_index = np.cumsum(out, dtype=np.intp) - 1
+        elif len(self.out_index) != len(rows):
+            self.out_index = np.arange(len(rows), dtype=np.intp)
         for _ in range(4):
             if self.context.tracer is not None:
-                self.session.turn_to(bool(outputs.any()))
-                self._expect(rows, resume, batch)
-            if self.context.decode(tokens, positions, seq_ids, outputs):
+                self.session.turn_to(any(out))
+                self._expect(rows, batch, generations)
+            if self.context.decode(tokens, positions, seqs, out):
                 return
+            self._standing = None
             self.session.learn()
-            for seq, pos in first.items():
+            for seq, pos in dict(zip(reversed(seqs), reversed(positions), strict=True)).items():
                 if not self.context.seq_rm(seq, pos):
                     raise Restart
         raise EngineError("llama.cpp builds another graph each time; mia cannot follow it")
 
     def _expect(
-        self, rows: Sequence[Row], resume: int, batch: Sequence[tuple[Segment, int, int]]
+        self,
+        rows: Sequence[Row],
+        batch: Sequence[tuple[Segment, int, int]],
+        generations: Sequence[_Generation],
     ) -> None:
         """Tells the tracer what is wanted of the coming decode, and which nodes need not run."""
         assert self.context.tracer is not None
+        variant = self.session.variants[0]
+        standing, self._standing = self._standing, None
+        if generations and standing is not None:
+            visits, who, where = standing
+            if where is variant and who == generations:
+                visits.go_on(rows)  # and the tracer expects it still
+                self._standing = standing
+                return
         visits = Visits(self.session, self.edits, rows, self.out_index, self.track_cells)
+        resume = min((seg.resume for seg, _, _ in batch), default=0)
         if resume:
             visits.resume(resume, batch)
         visits.gather()
-        variant = self.session.variants[0]
-        wants = [False] * len(variant.addrs)
-        for i in visits.actions:
-            wants[i] = True
         skip = variant.topology.skippable_below(resume) if resume else []
-        generates = not batch or any(j.request.n_predict for seg, _, _ in batch for j in seg.jobs)
+        generates = generations or any(j.request.n_predict for seg, _, _ in batch for j in seg.jobs)
         if not generates and not any(r.logits for r in rows):
             tail = variant.topology.skippable_tail
             if visits.actions.keys().isdisjoint(tail):
                 skip = [*skip, *tail]
-        self.context.tracer.expect(variant.addrs, wants, skip, visits.visit)
+        self.context.tracer.expect(variant.addrs, visits.actions, skip, visits.visit)
+        if generations:
+            self._standing = visits, generations, variant
 
     def _collect_logits(self, rows: Sequence[Row], out: Sequence[bool]) -> None:
         if not any(r.logits for r in rows):
@@ -421,12 +435,13 @@ class _Generation:
         _check_numbers(runner.context, logits)
         plain = self.job.request.sampling.plain
         token = int(logits.argmax()) if plain else self.sampler.sample(runner.context, batch_row)
-        top = logits[token] if plain else logits.max()
-        # in place: an array of the vocabulary's size costs more to get than to fill
-        scores = np.subtract(logits, top, out=runner.scores)
-        np.exp(scores, out=scores)
         result = self.job.result
-        result.logprobs.append(float(logits[token] - top - np.log(scores.sum())))
+        if self.job.request.logprobs:
+            # in place: an array of the vocabulary's size costs more to get than to fill
+            top = logits[token] if plain else logits.max()
+            scores = np.subtract(logits, top, out=runner.scores)
+            np.exp(scores, out=scores)
+            result.logprobs.append(float(logits[token] - top - np.log(scores.sum())))
         result.tokens.append(token)
         ended = self.job.request.stop_at_eog and runner.is_eog(token)
         return ended or len(result.tokens) >= self.job.request.n_predict

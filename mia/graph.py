@@ -50,6 +50,7 @@ class Topology:
         self.n_layer = n_layer
         self._n_head = n_head
         self._index = {n.addr: i for i, n in enumerate(nodes)}
+        self._skippable: dict[int, list[int]] = {}
         self._named: dict[str, int] = {n.name: i for i, n in enumerate(nodes)}  # the last wins
         self._leaves: dict[int, Node] = {}
         self._users: dict[int, list[int]] = defaultdict(list)
@@ -263,6 +264,9 @@ class Topology:
     def skippable_below(self, layer: int) -> list[int]:
         """Indices of the nodes that need not run where `resid_post.(layer-1)` is already known:
         all before it, but for those that something after it still reads."""
+        found = self._skippable.get(layer)
+        if found is not None:
+            return found
         known = self.sites[Site("resid_post", layer - 1)].index
         needed: set[int] = set()
         stack = [s for n in self.nodes[known + 1 :] for s in n.src]
@@ -272,7 +276,9 @@ class Topology:
                 continue
             needed.add(at)
             stack.extend(self.nodes[at].src)
-        return [i for i in range(known + 1) if i not in needed]
+        found = [i for i in range(known + 1) if i not in needed]
+        self._skippable[layer] = found
+        return found
 
     @cached_property
     def skippable_tail(self) -> list[int]:

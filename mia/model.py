@@ -341,14 +341,11 @@ class Model:
             on_done=on_done,
             make_sampler=lambda job: _sampler(self._llama, job.request.sampling),
         )
-        if vector is not None:
-            session.context.set_control_vector(vector)
+        session.context.set_control_vector(vector)
         try:
             runner.run(roots)
         finally:
             runner.close()
-            if vector is not None:
-                session.context.set_control_vector(None)
 
     def _check(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -568,11 +565,4 @@ def _shared_control_vector(jobs: list[Job], n_layer: int, n_embd: int) -> Array 
 
 
 def _without_edits(r: Request) -> Request:
-    return Request(
-        r.tokens,
-        logits=r.logits,
-        metric=r.metric,
-        n_predict=r.n_predict,
-        sampling=r.sampling,
-        stop_at_eog=r.stop_at_eog,
-    )
+    return replace(r, edits=(), captures=())

@@ -88,6 +88,7 @@ class Request:
         n_predict: how many tokens to generate at most.
         sampling: how to choose them.
         stop_at_eog: stop where the model ends its turn.
+        logprobs: also give each generated token's log-probability, a pass over the vocabulary.
     """
 
     tokens: Sequence[int]
@@ -98,6 +99,7 @@ class Request:
     n_predict: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     stop_at_eog: bool = True
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.tokens, str):
@@ -127,7 +129,7 @@ class Result:
             order of `Capture.tokens`, generated tokens after them.
         tokens: generated token ids.
         logprobs: natural log-probability of each generated token under the model's full
-            distribution (before temperature and cuts).
+            distribution (before temperature and cuts), where `Request.logprobs` asks for them.
     """
 
     logits: Array | None = None

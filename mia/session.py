@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from mia._ggml import Context, describe
 from mia.errors import SiteError
 from mia.graph import SiteNode, Topology
@@ -38,8 +36,7 @@ class Session:
 
     def _scout(self) -> None:
         """Shows the tracer the graph, by a decode of two tokens that computes nothing."""
-        two = np.zeros(2, np.int32)
-        self.context.decode(two, np.arange(2, dtype=np.int32), two.copy(), np.ones(2, np.int8))
+        self.context.decode([0, 0], [0, 1], [0, 0], [True, True])
         self.context.clear()
         self.learn()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from mia._ggml import describe, host_array, read_array, rows_of
-from mia.edits import Edit
+from mia.edits import Edit, as_slice
 from mia.errors import EngineError, UsageError
 from mia.graph import SiteNode
 from mia.plan import Buffer, Row, Segment
@@ -34,10 +35,18 @@ class Visits:
         self.session, self.edits, self.rows = session, edits, rows
         self.out_index, self.track_cells = out_index, track_cells
         self.actions: dict[int, list[Callable[[int], None]]] = {}
+        self._targets: list[_Target] = []
 
     def visit(self, index: int, addr: int) -> None:
         for action in self.actions[index]:
             action(addr)
+
+    def go_on(self, rows: Sequence[Row]) -> None:
+        """The same again for the next token of every row, all of them generated: the same edits,
+        and captures that go one row further."""
+        self.rows = rows
+        for target in self._targets:
+            target.shift()
 
     def _on(self, index: int, action: Callable[[int], None]) -> None:
         self.actions.setdefault(index, []).append(action)
@@ -72,54 +81,48 @@ class Visits:
             edit, site = self.edits[edit_id]
             self._add_edit(edit, site, np.asarray(which), np.asarray(picks))
         for buffer, which, dests in captures.values():
-            from_rows, to = np.asarray(which), np.asarray(dests)
-            for site in buffer.sites:
-                self._add_capture(buffer, site, from_rows, to)
+            self._add_captures(buffer, np.asarray(which), _Target(dests))
 
     def _add_edit(self, edit: Edit, site: Site, which: Index, picks: Index) -> None:
         at = self.session.site(site)
-        which_out = self.out_index[which] if at.outputs_only else which
-
-        def act(addr: int) -> None:
-            with rows_of(addr, write=True) as a:
-                if at.layout == "pattern":
-                    for b, line in self._pattern(site, a[0], which):
-                        edit.apply(line, np.zeros(1, np.intp), np.zeros(1, np.intp))
-                        if site.name == "attn_scores":
-                            self._check_scores(site, b, line[0])
-                        else:
-                            _check_finite(line, site)
-                        self._put_pattern(site, a[0], b, line[0])
-                else:
-                    rows = _shaped(a, at, edit.heads is not None)
-                    edit.apply(rows, which_out, picks)
-                    _check_finite(rows[which_out], site)
-
-        self._on(at.index, act)
-
-    def _add_capture(self, buffer: Buffer, site: Site, which: Index, dests: Index) -> None:
-        at = self.session.site(site)
         if at.layout == "pattern":
-            self._on(at.index, lambda addr: self._capture_pattern(buffer, site, which, dests, addr))
-            return
-        source = _as_slice(self.out_index[which] if at.outputs_only else which)
-        target = _as_slice(dests)
-
-        def act(addr: int) -> None:
-            a = host_array(addr)
-            if a is None:
-                a = read_array(addr)
-            rows = _shaped(a, at, False)
-            buffer.array(site, rows.shape[1:])[target] = rows[source]
-
+            act: Callable[[int], None] = partial(self._edit_pattern, edit, site, which)
+        else:
+            act = partial(
+                _edit, edit, site, at, self.out_index[which] if at.outputs_only else which, picks
+            )
         self._on(at.index, act)
+
+    def _edit_pattern(self, edit: Edit, site: Site, which: Index, addr: int) -> None:
+        with rows_of(addr, write=True) as a:
+            for b, line in self._pattern(site, a[0], which):
+                edit.apply(line, np.zeros(1, np.intp), np.zeros(1, np.intp))
+                if site.name == "attn_scores":
+                    self._check_scores(site, b, line[0])
+                else:
+                    _check_finite(line, site)
+                self._put_pattern(site, a[0], b, line[0])
+
+    def _add_captures(self, buffer: Buffer, which: Index, target: _Target) -> None:
+        self._targets.append(target)
+        every = as_slice(which)
+        ends = as_slice(self.out_index[which])
+        for site in buffer.sites:
+            at = self.session.site(site)
+            if at.layout == "pattern":
+                act = partial(self._capture_pattern, buffer, site, which, target)
+            else:
+                act = partial(
+                    _capture, buffer, site, at, ends if at.outputs_only else every, target
+                )
+            self._on(at.index, act)
 
     def _capture_pattern(
-        self, buffer: Buffer, site: Site, which: Index, dests: Index, addr: int
+        self, buffer: Buffer, site: Site, which: Index, target: _Target, addr: int
     ) -> None:
         with rows_of(addr, write=False) as a:
             dest = buffer.array(site, (a.shape[1], buffer.n_keys))
-            for (_, line), d in zip(self._pattern(site, a[0], which), dests, strict=True):
+            for (_, line), d in zip(self._pattern(site, a[0], which), target.rows, strict=True):
                 dest[d, :, : line.shape[-1]] = line[0]
 
     # -- attention patterns: cells of the cache <-> positions of a sequence ---------
@@ -174,6 +177,35 @@ class Visits:
             )
 
 
+class _Target:
+    """Rows of a buffer, as indices and, where they follow each other, as a slice."""
+
+    def __init__(self, rows: Sequence[int]):
+        self.rows: Index = np.asarray(rows, np.intp)
+        self.at = as_slice(self.rows)
+
+    def shift(self) -> None:
+        self.rows = self.rows + 1
+        self.at = as_slice(self.rows)
+
+
+def _edit(edit: Edit, site: Site, at: SiteNode, which: Index, picks: Index, addr: int) -> None:
+    with rows_of(addr, write=True) as a:
+        rows = _shaped(a, at, edit.heads is not None)
+        edit.apply(rows, which, picks)
+        _check_finite(rows[as_slice(which)], site)
+
+
+def _capture(
+    buffer: Buffer, site: Site, at: SiteNode, source: Index | slice, target: _Target, addr: int
+) -> None:
+    a = host_array(addr)
+    if a is None:
+        a = read_array(addr)
+    rows = _shaped(a, at, False)
+    buffer.array(site, rows.shape[1:])[target.at] = rows[source]
+
+
 def _shaped(a: npt.NDArray[np.float32], at: SiteNode, by_head: bool) -> Array:
     """A node's array (4 axes) as (n_rows, width), or (n_rows, n_head, head_dim); never a copy."""
     rows = a[0] if at.layout == "heads" else a[0, 0]
@@ -181,14 +213,6 @@ def _shaped(a: npt.NDArray[np.float32], at: SiteNode, by_head: bool) -> Array:
     if not np.may_share_memory(out, a):
         raise EngineError("a site's tensor has an unexpected layout")
     return out
-
-
-def _as_slice(index: Index) -> Index | slice:
-    """Indices that follow each other as a slice, which numpy takes several times as fast."""
-    first, n = int(index[0]), len(index)
-    if n == 1 or (int(index[-1]) == first + n - 1 and bool((np.diff(index) == 1).all())):
-        return slice(first, first + n)
-    return index
 
 
 def _check_finite(edited: Array, site: Site) -> None:

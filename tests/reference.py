@@ -65,8 +65,11 @@ def check(result: Result, request: Request, oracle: Oracle, want: Sites | None =
             _close(got, truth, str(site))
     if result.tokens:
         chosen = want["logits"][n - 1 :]  # (n_generated, n_vocab)
-        logprobs = chosen - np.log(np.exp(chosen).sum(-1, keepdims=True))
-        _close(result.logprobs, logprobs[range(len(chosen)), result.tokens], "logprobs")
+        if request.logprobs:
+            logprobs = chosen - np.log(np.exp(chosen).sum(-1, keepdims=True))
+            _close(result.logprobs, logprobs[range(len(chosen)), result.tokens], "logprobs")
+        else:
+            assert result.logprobs == []
         if request.sampling.plain:
             _close(chosen[range(len(chosen)), result.tokens], chosen.max(-1), "greedy")
     return want

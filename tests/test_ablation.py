@@ -260,9 +260,8 @@ def test_generated_tokens_are_kept_from_a_key(llama: Tiny) -> None:
     tokens = llama.prompt(6)
     sizes = (llama.oracle.n_layer, llama.oracle.n_head)
     edits = block_edits(llama.model, parse_block("3..->1", 6, *sizes))
-    found = llama.model.run([Request(tokens, edits, n_predict=4, logits=None, stop_at_eog=False)])[
-        0
-    ]
+    request = Request(tokens, edits, n_predict=4, logits=None, stop_at_eog=False, logprobs=True)
+    found = llama.model.run([request])[0]
     whole = tokens + found.tokens[:-1]
     block = parse_block("3..->1", len(whole), *sizes)
     truth = {f"attn_scores.{i}": _blind(llama, block, i) for i in range(sizes[0])}

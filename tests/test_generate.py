@@ -53,7 +53,14 @@ def _requests(t: Tiny) -> list[Request]:
     warm = Sampling(temperature=1.5, seed=4)  # greedy gemma2 repeats itself
     return [
         Request(
-            prompt, edits, captures, "all", n_predict=N_PREDICT, sampling=how, stop_at_eog=False
+            prompt,
+            edits,
+            captures,
+            "all",
+            n_predict=N_PREDICT,
+            sampling=how,
+            stop_at_eog=False,
+            logprobs=True,
         )
         for edits in _edits(t).values()
         for how in (Sampling(), warm)

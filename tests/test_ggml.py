@@ -36,6 +36,7 @@ from mia.errors import EngineError, ModelError
 from mia.request import Capture, Request
 from mia.session import Session, Variant
 from mia.sites import Site
+from mia.visits import Visits
 
 # -- the library ----------------------------------------------------------------------------------
 
@@ -316,24 +317,43 @@ def test_what_the_library_refuses_is_an_engine_error(
     with monkeypatch.context() as m:
         m.setattr(context.lib.L, "llama_set_adapter_cvec", lambda *_: -1)
         with pytest.raises(EngineError, match="refuses the control vector"):
-            context.set_control_vector(np.zeros((2, 48), np.float32))
+            context.set_control_vector(np.ones((2, 48), np.float32))
     check(t.model.run([Request([1, 2])])[0], Request([1, 2]), t.oracle)
 
 
-def test_ctrl_c_between_two_nodes_is_not_lost(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_between_two_nodes_is_not_lost(
+    llama: Tiny, reopen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """There is no Python frame to raise it in: ctypes would print it and go on."""
 
-    class Wants(list[bool]):
-        def __getitem__(self, i: Any) -> Any:
+    class Wanted(dict[int, Any]):
+        def __contains__(self, i: object) -> bool:
             if i == 20:
                 signal.raise_signal(signal.SIGINT)
-            return super().__getitem__(i)
+            return super().__contains__(i)
 
-    request = Request(llama.prompt(), captures=[Capture("l_out")])
+    monkeypatch.setattr(_ggml, "_native_watch", lambda: None)
+    t = reopen(llama)
+    request = Request(t.prompt(), captures=[Capture("l_out")])
     plain = Tracer.expect
     with monkeypatch.context() as m:
         m.setattr(
-            Tracer, "expect", lambda self, a, wants, *rest: plain(self, a, Wants(wants), *rest)
+            Tracer, "expect", lambda self, a, wanted, *rest: plain(self, a, Wanted(wanted), *rest)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            t.model.run([request])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    check(t.model.run([request])[0], request, t.oracle)
+
+
+def test_ctrl_c_at_a_node_is_not_lost(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request(llama.prompt(), captures=[Capture("l_out")])
+    plain = Visits.visit
+    with monkeypatch.context() as m:
+        m.setattr(
+            Visits,
+            "visit",
+            lambda self, i, addr: (signal.raise_signal(signal.SIGINT), plain(self, i, addr)),
         )
         with pytest.raises(KeyboardInterrupt):
             llama.model.run([request])

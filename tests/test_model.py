@@ -10,7 +10,7 @@ from conftest import Tiny
 from reference import check, check_same
 from tiny_gguf import write_tiny
 
-from mia._ggml import Context
+from mia._ggml import Context, library
 from mia.edits import Edit
 from mia.errors import MiaError, ModelError, RangeError, SiteError, UsageError
 from mia.model import Model
@@ -329,12 +329,13 @@ def test_a_request_that_does_not_fit(
 
 @pytest.fixture
 def vectors_set(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the context's control vector was set to."""
+    """The vectors that contexts were given."""
     calls: list[Any] = []
     plain = Context.set_control_vector
 
     def spy(self: Context, directions: Any) -> None:
-        calls.append(directions)
+        if directions is not None:
+            calls.append(directions)
         plain(self, directions)
 
     monkeypatch.setattr(Context, "set_control_vector", spy)
@@ -355,7 +356,7 @@ def test_steering_all_tokens_is_llama_cpp_s_control_vector(
         for n, p in ((9, 0), (5, 4), (7, 1))
     ]
     fast = case.model.run(requests)
-    assert len(vectors_set) == 2 and vectors_set[1] is None
+    assert len(vectors_set) == 1
     np.testing.assert_allclose(vectors_set[0], [1.5 * v - 0.5 * w, w], rtol=1e-6)
     vectors_set.clear()
     read = [
@@ -409,12 +410,35 @@ def test_a_control_vector_is_taken_off_whatever_happens(
     prompt, edit = llama.prompt(6), Edit("l_out-1", "add", llama.vector())
     with pytest.raises(ZeroDivisionError):
         llama.model.run([Request(prompt, [edit], metric=metric)])
-    assert vectors_set[-1] is None
+    assert len(vectors_set) == 1
     check(llama.model.run([Request(prompt)])[0], Request(prompt), llama.oracle)
     with pytest.raises(
         UsageError, match=r"resid_post\.1 has rows of 48 here, the edit's value has 47"
     ):
         llama.model.run([Request(prompt, [Edit("l_out-1", "add", np.ones(47))])])
+
+
+def test_a_control_vector_stays_until_another_is_wanted(
+    llama: Tiny, reopen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp plans its buffers anew at every change; the range is that of the blocks steered."""
+    t = reopen(llama)
+    ranges: list[Any] = []
+    plain = library().L.llama_set_adapter_cvec
+
+    def spy(*args: Any) -> int:
+        ranges.append(args[-2:])
+        return plain(*args)
+
+    monkeypatch.setattr(library().L, "llama_set_adapter_cvec", spy)
+    v, w = t.vector(), t.vector(seed=5)
+    first = [Edit("l_out-1", "add", v)]
+    both = [*first, Edit("l_out-2", "add", w)]
+    nothing = [Edit("l_out-2", "add", w, coeff=0)]
+    for edits in ([], first, first, [Edit("l_out-1", "add", v)], both, [], nothing, both[1:]):
+        request = Request(t.prompt(6), edits, logits="all", n_predict=2, stop_at_eog=False)
+        check(t.model.run([request])[0], request, t.oracle)
+    assert ranges == [(1, 1), (1, 2), (-1, -1), (2, 2)]
 
 
 def test_what_is_no_request_is_named(llama: Tiny) -> None:

@@ -98,7 +98,7 @@ def test_no_logits_where_none_are_wanted(llama: Tiny, monkeypatch: pytest.Monkey
     plain_decode, plain_expect = Context.decode, Tracer.expect
 
     def decode(self: Context, tokens: Any, positions: Any, seqs: Any, outputs: Any) -> bool:
-        seen.append(outputs.tolist())
+        seen.append(list(outputs))
         return plain_decode(self, tokens, positions, seqs, outputs)
 
     def expect(self: Tracer, addrs: Any, wants: Any, skip: Any, on_data: Any) -> None:

@@ -136,7 +136,8 @@ def test_an_unexpected_graph_starts_the_request_again(
 
     def decode(self: Context, tokens: Any, *rest: Any) -> bool:
         if len(sizes) == at:
-            self.tracer.addrs = [0, *self.tracer.addrs[1:]]
+            t = self.tracer
+            t.expect([0, *t.addrs[1:]], t.wanted, t.skip, t.on_data)
         sizes.append(len(tokens))
         return plain(self, tokens, *rest)
 

@@ -46,11 +46,11 @@ class Shadow:
 
     def decode(self, context: Context, _: Any, positions: Any, seqs: Any, outputs: Any) -> None:
         cells = self.cells.setdefault(context, [])
-        for pos, seq in zip(positions.tolist(), seqs.tolist(), strict=True):
+        for pos, seq in zip(positions, seqs, strict=True):
             assert sorted(p for p, s in cells if seq in s) == list(range(pos))
             cells.append((pos, {seq}))
         self.most = max(self.most, len(cells))
-        self.outputs.append(int(outputs.sum()))
+        self.outputs.append(sum(outputs))
         if self.runners and self.runners[-1].context is context:
             assert len(cells) <= self.runners[-1].used <= self.runners[-1].budget
 

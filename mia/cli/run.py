@@ -153,6 +153,7 @@ def generate(
             logits=None,
             n_predict=generation.n_predict,
             sampling=_work.sampling(generation),
+            logprobs=True,
         )
 
     requests = [request(edits, captures or [])]

@@ -166,6 +166,7 @@ def _run(
             logits=None,
             n_predict=generation.n_predict,
             sampling=_work.sampling(generation),
+            logprobs=True,
         )
 
     if len(edits) == 1:
