@@ -41,12 +41,17 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A name and its pairs, each input once."""
+    """A name and its pairs, each input once.
+
+    Attributes:
+        known_of: how many pairs there were, where only those are left that a model knows.
+    """
 
     name: str
     pairs: tuple[Pair, ...]
     family: str = ""
     description: str = ""
+    known_of: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

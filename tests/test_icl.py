@@ -18,7 +18,7 @@ from mia.errors import FileError, MiaError, RangeError, UsageError
 from mia.methods import function_vectors as fv
 from mia.methods import soft_vectors as sv
 from mia.methods import task_vectors as tv
-from mia.methods.extractor import Extractor, IclPrompt
+from mia.methods.extractor import Extractor, IclPrompt, Scores
 from mia.model import Model
 from mia.sites import Site
 from mia.tasks import Format, Pair, Task, load
@@ -72,6 +72,33 @@ def test_a_space_that_is_a_token_goes_to_the_prompt(ex: Extractor) -> None:
     p = spaced.zero_shot(spaced.test)[0]
     assert ex.model.detokenize(p.tokens) == f"<|endoftext|>{p.query.input}: "
     assert [ex.model.piece(t) for t in p.answers] == [p.query.output]
+
+
+def test_known_pairs_are_those_answered_after_half_of_the_sets(
+    ex: Extractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[IclPrompt] = []
+    knows = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4, "f": 4, "g": 2}  # sets that answer it
+
+    def scores(self: Extractor, prompts: list[IclPrompt]) -> Scores:
+        asked.extend(prompts)
+        sets = np.repeat(np.arange(4), len(TASK.pairs))
+        right = [s < knows.get(p.query.input, 0) for s, p in zip(sets, prompts, strict=True)]
+        return Scores(np.array([right]), np.zeros((1, len(right))))
+
+    monkeypatch.setattr(Extractor, "scores", scores)
+    known = ex.known(4)
+    assert [p.input for p in known.pairs] == ["c", "d", "e", "f", "g"]
+    assert (known.name, known.known_of) == ("next", 26)
+    assert all(p.query not in p.examples for p in asked)
+    for n in range(4):
+        of_set = asked[26 * n : 26 * (n + 1)]
+        assert [p.query for p in of_set] == list(TASK.pairs)
+        assert len({p.examples for p in of_set}) == 3  # one, and one for each query in it
+    assert len({p.examples for p in asked}) == 12
+    monkeypatch.setitem(knows, "g", 1)
+    with pytest.raises(UsageError, match="next: after examples the model answers 4 of 26 pairs"):
+        ex.known(4)
 
 
 def test_steps_do_not_depend_on_one_another(ex: Extractor) -> None:

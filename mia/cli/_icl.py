@@ -68,6 +68,15 @@ class TaskOptions:
     seed: Annotated[
         int, _option("--seed", help="Of splits, examples and everything drawn.", panel=TASK, min=0)
     ] = 0
+    known: Annotated[
+        bool,
+        _option(
+            "--known",
+            help="Only pairs whose answer the model gives after at least half of 5 other sets "
+            "of examples.",
+            panel=TASK,
+        ),
+    ] = False
     n_test: Annotated[
         int, _option("--test", help="Test queries, at most 60 % of the pairs.", panel=TASK, min=1)
     ] = 100
@@ -88,16 +97,20 @@ def extractor(m: Model, name: str, o: TaskOptions, *, shots: int = 5, seed: int 
     from mia import tasks
     from mia.methods.extractor import Extractor
 
-    return Extractor(
-        m,
-        tasks.load(name),
-        fmt=read_format(o.format),
-        shots=shots if o.shots is None else o.shots,
-        bos=o.bos,
-        seed=o.seed + seed,
-        n_test=o.n_test,
-        n_dev=o.n_dev,
-    )
+    def extract_from(task: tasks.Task) -> Extractor:
+        return Extractor(
+            m,
+            task,
+            fmt=read_format(o.format),
+            shots=shots if o.shots is None else o.shots,
+            bos=o.bos,
+            seed=o.seed + seed,
+            n_test=o.n_test,
+            n_dev=o.n_dev,
+        )
+
+    ex = extract_from(tasks.load(name))
+    return extract_from(ex.known()) if o.known else ex
 
 
 def task_names(names: Sequence[str]) -> list[str]:

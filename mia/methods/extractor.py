@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,8 +119,32 @@ class Extractor:
             "shots": self.shots,
             "bos": self.bos,
             "seed": self.seed,
+            **({} if self.task.known_of is None else {"known_of": self.task.known_of}),
             "pairs": {"train": len(self.train), "dev": len(self.dev), "test": len(self.test)},
         }
+
+    def known(self, sets: int = 5) -> Task:
+        """The task with those of its pairs alone that the model knows: whose answer is right
+        after at least half of `sets` sets of examples, drawn from the whole task. Todd et al. 2023
+        count such queries only; the sets are others than those that anything is measured with.
+
+        Raises `UsageError` where fewer than five are left."""
+        rng = self.rng("known")
+        prompts = []
+        for _ in range(sets):
+            # the same examples for all, so that they are run once; one more for those among them
+            *examples, spare = draw(self.task.pairs, self.shots + 1, rng)
+            for p in self.task.pairs:
+                shown = [spare if e.input == p.input else e for e in examples]
+                prompts.append(self.prompt(shown, p))
+        right = self.scores(prompts).correct.reshape(sets, -1).mean(0)
+        kept = tuple(p for p, share in zip(self.task.pairs, right, strict=True) if share >= 0.5)
+        if len(kept) < 5:
+            raise UsageError(
+                f"{self.task.name}: after examples the model answers {len(kept)} of "
+                f"{len(self.task.pairs)} pairs; at least 5 are needed"
+            )
+        return replace(self.task, pairs=kept, known_of=len(self.task.pairs))
 
     # -- prompts -------------------------------------------------------------------
 

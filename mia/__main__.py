@@ -1,0 +1,5 @@
+"""python -m mia"""
+
+from mia.cli import main
+
+main()
