@@ -243,6 +243,7 @@ def library_info() -> dict[str, str]:
         "llama_cpp_python": lib.version,
         "features": lib.L.llama_print_system_info().decode().strip(),
         "gpu": "yes" if lib.L.llama_supports_gpu_offload() else "no",
+        "callback": "Python" if _native_watch() is None else "compiled",
     }
 
 
@@ -452,11 +453,6 @@ def _native_watch() -> C.CDLL | None:
             with contextlib.suppress(OSError):
                 return C.CDLL(str(built))
     return None
-
-
-def has_native_watch() -> bool:
-    """Whether the scheduler's questions are answered by compiled code."""
-    return _native_watch() is not None
 
 
 class Tracer:

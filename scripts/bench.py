@@ -211,7 +211,9 @@ def steer(bench: Bench) -> None:
 
     def against_plain(what: str, edits: Sequence[Edit], target: float) -> None:
         ratios = bench.compare(
-            lambda: m.run([generating(short, edits=edits)]), lambda: bench.plain(short, N_DECODE)
+            lambda: m.run([generating(short, edits=edits)]),
+            lambda: bench.plain(short, N_DECODE),
+            rounds=5 * bench.rounds,  # half a second each, and only hundredths apart
         )
         bench.add(f"decode of {N_DECODE}, {what} / llama.cpp", ratios, target=target)
 
@@ -220,6 +222,7 @@ def steer(bench: Bench) -> None:
         Edit(Site("resid_post", i), "add", self_scaled(bench.direction()))
         for i in range(1, m.n_layer)
     ]
+    against_plain("steered at one layer by a vector", vectors[m.n_layer // 2 :][:1], 0.98)
     against_plain("steered at every layer by a vector", vectors, 0.98)
     ratios = bench.compare(
         lambda: m.run([Request(prompt, edits=vectors)]), lambda: bench.plain(prompt)
@@ -229,6 +232,11 @@ def steer(bench: Bench) -> None:
     against_plain(
         "a direction projected out at one layer",
         [Edit(middle, "project_out", bench.direction())],
+        0.90,
+    )
+    against_plain(
+        "a direction projected out at every layer",
+        [Edit(Site("resid_post", i), "project_out", bench.direction()) for i in range(m.n_layer)],
         0.90,
     )
 

@@ -422,6 +422,15 @@ def test_doctor_says_what_there_is() -> None:
     assert "threads" in run("doctor").stdout
 
 
+def test_doctor_says_when_the_callback_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.environ.get("MIA_NATIVE") == "0":
+        pytest.skip("the compiled callback is off")
+    assert document("doctor")["callback"] == "compiled"
+    monkeypatch.setattr("mia._ggml._native_watch", lambda: None)
+    found = document("doctor")
+    assert found["callback"] == "Python" and "C compiler" in " ".join(found["advice"])
+
+
 def test_converted_models_say_the_same(path: Path, tmp_path: Path) -> None:
     small = write_tiny(tmp_path / "small.gguf", "llama", qtype="Q8_0", add_bos=False)
     made = json.loads(run("models", "convert", str(small), "f32", "big.gguf", "--json").stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -111,6 +112,11 @@ def doctor(model: ModelOptions, output: OutputOptions) -> None:
             advice.append(
                 "AMX crashes in this build of llama.cpp: rebuild it with -fno-tree-dse -fno-dse (scripts/demo does)"
             )
+        if info["callback"] == "Python" and os.environ.get("MIA_NATIVE") != "0":
+            advice.append(
+                "the callback is answered by Python, several hundredths slower per token: install mia again "
+                "where there is a C compiler"
+            )
         slow = [k for k in kinds if k in ("q4_1", "q5_0", "q5_1")]
         if slow:
             advice.append(
@@ -121,6 +127,7 @@ def doctor(model: ModelOptions, output: OutputOptions) -> None:
             "model": model_facts(m),
             "features": info["features"],
             "gpu": info["gpu"],
+            "callback": info["callback"],
             "extra_buffers": safe,
             "threads": m.threads,
             "weight_types": kinds,
@@ -131,7 +138,8 @@ def doctor(model: ModelOptions, output: OutputOptions) -> None:
         def human() -> None:
             print(f"llama-cpp-python {info['llama_cpp_python']}; {info['features']}")
             print(
-                f"GPU offload: {info['gpu']}; extra buffers (AMX, repacking): {'on' if safe else 'off'}"
+                f"GPU offload: {info['gpu']}; extra buffers (AMX, repacking): {'on' if safe else 'off'}; "
+                f"callback: {info['callback']}"
             )
             print(
                 f"{m.name}: {m.architecture}, weights {', '.join(kinds)}, KV cache {m.kv_type}, {m.threads} threads"
