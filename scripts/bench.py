@@ -222,7 +222,6 @@ def steer(bench: Bench) -> None:
         Edit(Site("resid_post", i), "add", self_scaled(bench.direction()))
         for i in range(1, m.n_layer)
     ]
-    against_plain("steered at one layer by a vector", vectors[m.n_layer // 2 :][:1], 0.98)
     against_plain("steered at every layer by a vector", vectors, 0.98)
     ratios = bench.compare(
         lambda: m.run([Request(prompt, edits=vectors)]), lambda: bench.plain(prompt)
@@ -232,11 +231,6 @@ def steer(bench: Bench) -> None:
     against_plain(
         "a direction projected out at one layer",
         [Edit(middle, "project_out", bench.direction())],
-        0.90,
-    )
-    against_plain(
-        "a direction projected out at every layer",
-        [Edit(Site("resid_post", i), "project_out", bench.direction()) for i in range(m.n_layer)],
         0.90,
     )
 

@@ -40,7 +40,11 @@ def steering(bench: Bench) -> None:
     ):  # fmt: skip
         (path,) = {row["path"] for row in explain(m, s.edits())}
         one = request(s)
-        ratios = bench.compare(lambda one=one: m.run([one]), lambda: bench.plain(short, N_DECODE))
+        ratios = bench.compare(
+            lambda one=one: m.run([one]),
+            lambda: bench.plain(short, N_DECODE),
+            rounds=5 * bench.rounds,  # half a second each, and only hundredths apart
+        )
         bench.add(f"{what} ({path}) / llama.cpp", ratios, target=target)
 
     several = [request(Steering(vector, coeff=c)) for c in (0.5, 1, 2, 4)]
