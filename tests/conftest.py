@@ -15,6 +15,7 @@ from tiny_gguf import write_tiny
 
 from mia import model as mia_model
 from mia._ggml import Context
+from mia.errors import MiaError
 from mia.model import Model
 
 #: name -> (architecture, arguments of write_tiny)
@@ -136,3 +137,14 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Context, "decode", decode)
     return sizes
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Iterator[Model]:
+    """The real model, for the slow tests; they are skipped where it is not installed."""
+    try:
+        opened = Model("smollm2")
+    except MiaError as err:
+        pytest.skip(str(err))
+    with opened as m:
+        yield m

@@ -1,11 +1,8 @@
 """Steering on the real model: the worked example of docs/steering.md, cut short."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
-from mia.errors import MiaError
 from mia.methods import extract, perplexity, steering
 from mia.methods.steering import Steering
 from mia.model import Model
@@ -16,40 +13,30 @@ from mia.stats import bootstrap, word_share
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    try:
-        opened = Model("smollm2")
-    except MiaError as err:
-        pytest.skip(str(err))
-    with opened as m:
-        yield m
-
-
-def test_a_sentiment_vector_brings_positive_words_at_a_bearable_price(model: Model) -> None:
-    vector = extract.train(model, extract.load_pairs("sentiment"), read="mean", bos=True)
+def test_a_sentiment_vector_brings_positive_words_at_a_bearable_price(smollm2: Model) -> None:
+    vector = extract.train(smollm2, extract.load_pairs("sentiment"), read="mean", bos=True)
     edits = Steering(vector, coeff=4, layers=[22]).edits()
-    assert {r["path"] for r in steering.explain(model, edits)} == {"control vector"}
+    assert {r["path"] for r in steering.explain(smollm2, edits)} == {"control vector"}
 
-    ids = model.tokenize("I went to the cinema and the film was", bos=True)
+    ids = smollm2.tokenize("I went to the cinema and the film was", bos=True)
     words = set(read_lines("positive_words"))
     shares = []
     for changes in ([], edits):
         samples = [Sampling(temperature=1.0, seed=i) for i in range(24)]
         requests = [Request(ids, changes, logits=None, n_predict=16, sampling=s) for s in samples]
-        shares.append([word_share(model.text(r.tokens), words) for r in model.run(requests)])
+        shares.append([word_share(smollm2.text(r.tokens), words) for r in smollm2.run(requests)])
     change = bootstrap(np.subtract(shares[1], shares[0]), np.random.default_rng(0))
     assert change.low > 0, change
 
-    text = model.tokenize(read_text("neutral"), bos=True)[:200]
-    plain = perplexity.perplexity(model, text).value
-    assert perplexity.perplexity(model, text, edits=edits).value < 2.5 * plain
+    text = smollm2.tokenize(read_text("neutral"), bos=True)[:200]
+    plain = perplexity.perplexity(smollm2, text).value
+    assert perplexity.perplexity(smollm2, text, edits=edits).value < 2.5 * plain
 
 
-def test_a_coefficient_within_a_budget(model: Model) -> None:
-    vector = extract.train(model, extract.load_pairs("sentiment")[:20], bos=True, layers=[22])
-    ids = model.tokenize("The film was", bos=True)
+def test_a_coefficient_within_a_budget(smollm2: Model) -> None:
+    vector = extract.train(smollm2, extract.load_pairs("sentiment")[:20], bos=True, layers=[22])
+    ids = smollm2.tokenize("The film was", bos=True)
     choice = steering.choose_coefficient(
-        model, [ids], [Steering(vector)], 0.3, candidates=(0.25, 1, 16), n_predict=6
+        smollm2, [ids], [Steering(vector)], 0.3, candidates=(0.25, 1, 16), n_predict=6
     )
     assert choice.coeff < 16 and choice.kl[choice.coeff] <= 0.3 < choice.kl[16]
