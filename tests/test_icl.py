@@ -1,6 +1,7 @@
 """Task, function and soft vectors: means, effects and blended runs against the oracle."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mia.methods import soft_vectors as sv
 from mia.methods import task_vectors as tv
 from mia.methods.extractor import Extractor, IclPrompt, Scores
 from mia.model import Model
+from mia.request import Request
 from mia.sites import Site
 from mia.tasks import Format, Pair, Task, load
 
@@ -309,6 +311,16 @@ def test_a_vector_composed_of_one_task_is_that_task(ex: Extractor) -> None:
     assert made.cosine == pytest.approx(1) and made.evaluation == made.direct_evaluation
 
 
+def test_means_are_over_prompts_that_are_answered_right(ex: Extractor) -> None:
+    prompts = ex.dummies(5)
+    rows, _ = ex.rows("head_out", prompts)
+    said = [int(ex.model.run([Request(p.tokens)])[0].logits[0].argmax()) for p in prompts]
+    answers = [(said[0],), (said[1] + 1,), (said[2], 5), (said[3] + 1,), (said[4] + 1,)]
+    asked = [replace(p, answers=a) for p, a in zip(prompts, answers, strict=True)]
+    np.testing.assert_allclose(ex.means("head_out", asked), rows[[0, 2]].mean(0), atol=1e-6)
+    np.testing.assert_allclose(ex.means("head_out", asked[3:]), rows[3:].mean(0), atol=1e-6)
+
+
 # -- soft vectors ------------------------------------------------------------------
 
 
@@ -337,6 +349,30 @@ def test_training_keeps_within_its_evaluations_and_repeats_itself(ex: Extractor)
     assert done.dev >= max(s.dev for s in done.curve if s.dev is not None)
     with pytest.raises(UsageError, match="unknown optimiser 'sgd'; known: reinforce, es, cma"):
         sv.Training("sgd")
+
+
+def test_training_starts_from_the_best_run_of_layers(
+    ex: Extractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m = ex.model
+    wanted = np.zeros((m.n_layer, m.n_head))
+    wanted[1:2] = 0.75
+    asked: list[int] = []
+
+    def rewards(_: Any, means: np.ndarray, prompts: Any, candidates: np.ndarray) -> np.ndarray:
+        asked.append(len(candidates))
+        return -((candidates - wanted.ravel()) ** 2).sum(1)
+
+    monkeypatch.setattr(sv, "_rewards", rewards)
+    means = np.zeros((m.n_layer, m.n_head, m.head_dim), np.float32)
+    for most, rounds in ((2000, 4), (30, 2), (9, 1)):
+        asked.clear()
+        start, spent = sv._best_start(
+            ex, means, ex.zero_shot(ex.train), sv.Training(evaluations=most), ex.rng("x")
+        )
+        assert spent == sum(asked) <= most and len(asked) == rounds
+        if most > 9:
+            np.testing.assert_array_equal(start.reshape(wanted.shape), wanted)
 
 
 def test_soft_vectors_survive_a_file(ex: Extractor, tmp_path: Path) -> None:

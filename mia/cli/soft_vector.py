@@ -48,7 +48,7 @@ def train(
     ] = 6,
     prompts: Annotated[
         int, typer.Option("--prompts", help="Prompts that mean head outputs are over.", min=1)
-    ] = 50,
+    ] = 100,
     start: Annotated[
         float | None,
         typer.Option(

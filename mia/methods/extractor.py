@@ -224,9 +224,9 @@ class Extractor:
         return np.stack(rows), np.array([r.value.correct for r in results])
 
     def means(self, site: str, prompts: Sequence[IclPrompt], *, tokens: Tokens = -1) -> Array:
-        """The mean of `rows` over prompts, (n_layer, width)."""
-        total = self.rows(site, prompts, tokens=tokens)[0].mean(0, dtype=np.float64)
-        return total.astype(np.float32)
+        """The mean of `rows`, (n_layer, width), over the prompts that are answered right, as both
+        papers' code has it; over all where none is."""
+        return mean_of_right(*self.rows(site, prompts, tokens=tokens))
 
     def effects(self, prompts: Sequence[IclPrompt], means: Array) -> npt.NDArray[np.float64]:
         """(n_layer, n_head): how much the probability of the right answer rises, on the mean over
@@ -293,6 +293,11 @@ class Extractor:
             requests.append(Request(p.tokens, edits, logits=None, n_predict=n + 2))
         results = self.model.run(requests, progress=self.progress)
         return [self.model.text(r.tokens) for r in results]
+
+
+def mean_of_right(rows: Array, right: Bools) -> Array:
+    """The mean of rows (n, …) over those that are right, or over all where none is."""
+    return (rows[right] if right.any() else rows).mean(0, dtype=np.float64).astype(np.float32)
 
 
 def head_edit(layer: int, head: int, mean: Array) -> Edit:

@@ -18,8 +18,8 @@ the mean log-probability of the right answer's first token. All candidates of a 
 the requests of one run. After every few steps the current w is tried on dev; the best one
 there is kept, and training stops when none was better for `patience` such tries.
 
-Where we deviate from Hojel: the reward is a log-probability, the gate's start is a prior by
-layer (`start`), and what is kept are thresholded gates, or the soft weights themselves if
+Where we deviate from Hojel: the reward is a log-probability, the gates' start is a run of
+layers (`_best_start`), and what is kept are thresholded gates, or the soft weights themselves if
 those do better on dev.
 """
 
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 
+#: starts that are tried on further minibatches, and on how many
+_STARTS, _START_ROUNDS = 8, 3
 #: weights below this leave a head alone, so that its layer need not run again
 _NONE = 1e-3
 
@@ -138,7 +140,7 @@ class Training:
         batch: training queries of a minibatch, the same for all candidates of a step.
         every: steps between two tries on dev; patience: tries without a better one.
         prompts: prompts with examples that the means are over.
-        start: w that a head begins with; None for `starts` tried on dev.
+        start: w that a head begins with; None for the best of several on training queries.
     """
 
     optimiser: str = "reinforce"
@@ -147,7 +149,7 @@ class Training:
     batch: int = 16
     every: int = 5
     patience: int = 5
-    prompts: int = 50
+    prompts: int = 100
     start: float | None = None
 
     def __post_init__(self) -> None:
@@ -274,20 +276,32 @@ def _best_start(
     how: Training,
     rng: np.random.Generator,
 ) -> tuple[Floats, int]:
-    """Weights that are the same in all layers up to one and nothing above it: which layer, and
-    how much, is tried on training queries. Task vectors say why: the residual at one layer
+    """Weights that are the same in a run of layers and nothing outside of it, and how many
+    evaluations it took to find them. Which layers, and how much, is tried on training queries:
+    all on one minibatch, the best few on more. Task vectors say why: the residual at one layer
     can hold the task, and what is above reads the query."""
     n_layer, n_head = means.shape[:2]
-    ends = sorted({max(1, round(n_layer * f / 10)) for f in range(3, 11)})
-    candidates = []
-    for end in ends:
-        for w in (0.3, 0.6, 0.9):
-            grid = np.full((n_layer, n_head), 0.02)
-            grid[:end] = w
-            candidates.append(grid.ravel())
-    chosen = rng.permutation(len(queries))[: how.batch].tolist()
-    rewards = _rewards(ex, means, [queries[i] for i in chosen], np.array(candidates))
-    return candidates[int(rewards.argmax())], len(candidates)
+    firsts = sorted({round(n_layer * f / 5) for f in range(3)})
+    ends = sorted({max(1, round(n_layer * f / 15)) for f in range(7, 16)})
+    runs = [(a, b, w) for a in firsts for b in ends if a < b for w in (0.5, 0.75, 1.0)]
+    grids = np.zeros((len(runs), n_layer, n_head))
+    for grid, (a, b, w) in zip(grids, runs, strict=True):
+        grid[a:b] = w
+    candidates = grids.reshape(len(runs), -1)
+
+    def rewards(which: npt.NDArray[np.intp]) -> Floats:
+        chosen = rng.permutation(len(queries))[: how.batch].tolist()
+        return _rewards(ex, means, [queries[i] for i in chosen], candidates[which])
+
+    best = np.arange(len(runs))[: how.evaluations]
+    found, spent = rewards(best), len(best)
+    for _ in range(_START_ROUNDS):
+        kept = np.argsort(-found, kind="stable")[:_STARTS]
+        if spent + len(kept) > how.evaluations:
+            break
+        best, found = best[kept], found[kept] + rewards(best[kept])
+        spent += len(kept)
+    return candidates[best[found.argmax()]], spent
 
 
 # -- afterwards --------------------------------------------------------------------

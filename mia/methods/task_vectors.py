@@ -30,7 +30,7 @@ import numpy.typing as npt
 from mia.captures import provenance
 from mia.edits import Edit
 from mia.errors import RangeError, UsageError
-from mia.methods.extractor import Extractor, IclPrompt
+from mia.methods.extractor import Extractor, IclPrompt, mean_of_right
 from mia.metrics import Accuracy, accuracy
 from mia.sites import Site
 from mia.tasks import Pair, draw
@@ -188,7 +188,7 @@ def _thetas(ex: Extractor, sets: int, dummies: int) -> Array:
     rows, right = ex.rows("resid_post", [p for of_set in prompts for p in of_set])
     ends = np.cumsum([len(p) for p in prompts])[:-1]
     parts = zip(np.split(rows, ends), np.split(right, ends), strict=True)
-    return np.stack([(part[ok] if ok.any() else part).mean(0) for part, ok in parts])
+    return np.stack([mean_of_right(part, ok) for part, ok in parts])
 
 
 def best_of(accuracies: Floats, logprobs: Floats) -> int:
