@@ -3,9 +3,10 @@
 llama.cpp's scheduler asks for every node of the graph "do you want to see this
 one?" (`ask`), computes up to it where the answer is yes, and calls again with
 the node's data in place. `Tracer` answers from a list made beforehand, so a
-node that nobody wants costs one comparison, in compiled code where it can. What the tracer hands out are plain
-integers (addresses); `describe` turns one into a `Node`, `rows_of` into a numpy
-array that lies in the tensor's own memory, or in a copy of it on a GPU.
+node that nobody wants costs one comparison, in compiled code where there is
+some. What the tracer hands out are plain integers (addresses); `describe` turns
+one into a `Node`, `rows_of` into a numpy array that lies in the tensor's own
+memory, or in a copy of it on a GPU.
 
 The file is long because nothing outside it may hold a pointer.
 
@@ -450,8 +451,10 @@ def _native_watch() -> C.CDLL | None:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         built = Path(__file__).with_name(f"_watch{suffix}")
         if built.is_file():
-            with contextlib.suppress(OSError):
-                return C.CDLL(str(built))
+            with contextlib.suppress(OSError, ValueError):  # not for this machine, or an old one
+                watch = C.CDLL(str(built))
+                if C.c_int64.in_dll(watch, "mia_watch_size").value == C.sizeof(_Watch):
+                    return watch
     return None
 
 
@@ -480,6 +483,7 @@ class Tracer:
         watch = _native_watch()
         kind = library().L.ggml_backend_sched_eval_callback
         self._watch: _Watch | None = None
+        self._addrs = np.empty(0, np.uint64)
         if watch is None:
             self.callback, self.user_data = kind(self._answer), None
             return
@@ -498,14 +502,15 @@ class Tracer:
         """`wanted`: indices of the nodes that `on_data(index, address)` is to be called with, once
         they are computed; `skip`: of those that are not to be computed in this decode."""
         if self._watch is not None:
-            if addrs is not self.addrs:
-                self._addrs = np.array(addrs, np.uint64)
-                self._watch.addrs = self._addrs.ctypes.data
-            flags = self._flags = np.zeros(len(addrs), np.uint8)
+            known = addrs is self.addrs
+            self.addrs = ()  # nothing is expected, should Ctrl-C cut this short
+            nodes = self._addrs if known else np.array(addrs, np.uint64)
+            flags = np.zeros(len(addrs), np.uint8)
             flags[list(wanted)] = 1
             if skip:
                 flags[0] = _ASK_PYTHON  # which mutes them then
-            self._watch.wanted = flags.ctypes.data
+            self._watch.addrs, self._watch.wanted = nodes.ctypes.data, flags.ctypes.data
+            self._addrs, self._flags = nodes, flags  # kept alive
         self.addrs, self.wanted, self.skip, self.on_data = addrs, wanted, skip, on_data
 
     def begin(self) -> None:
@@ -748,7 +753,7 @@ class Context:
         L = self.lib.L
         self._tokens, self._positions, self._seqs = (np.zeros(n, np.int32) for _ in range(3))
         self._outputs = np.zeros(n, np.int8)
-        self._one = np.ones(n, np.int32)  # sequences of each row
+        self._one = np.ones(n, np.int32)  # how many sequences each row belongs to
         self._seq_lists = self._seqs.ctypes.data + np.arange(n, dtype=np.uintp) * 4
 
         def ptr(a: npt.NDArray[Any], kind: Any) -> Any:
@@ -795,6 +800,7 @@ class Context:
             last is not None and directions is not None and np.array_equal(last, directions)
         ):
             return
+        self._directions = np.full((1, 1), np.nan, F32)  # equals nothing, should this be cut short
         if directions is None:
             L.llama_set_adapter_cvec(self.handle, None, 0, n_embd, -1, -1)
             self._directions = None

@@ -33,6 +33,9 @@ EXPORT bool mia_watch(void *node, bool ask, void *user_data)
     return w->python(node, ask, 0);
 }
 
+/* what Python's side of the struct is held against: the file may have been built before it changed */
+EXPORT const int64_t mia_watch_size = sizeof(struct watch);
+
 /* setuptools builds this as an extension, whose entry MSVC's linker wants to see; it is loaded
  * as a plain library, and never imported */
 EXPORT void *PyInit__watch(void)

@@ -128,7 +128,7 @@ class Edit:
     dims: Sequence[int] | None = None
     coeff: float | Sequence[float] | Array = 1.0
     keep_norm: bool = False
-    # for operators of a direction: the unit vector and its length
+    # operators of a direction keep it as a unit vector, its length apart
     _value: Array | None = field(init=False, repr=False, default=None)
     _length: Array | None = field(init=False, repr=False, default=None)
     _coeff: Coeff = field(init=False, repr=False, default=np.float32(1))
@@ -147,7 +147,7 @@ class Edit:
         object.__setattr__(self, "_coeff", self._checked_coeff())
         if self.value is not None:
             object.__setattr__(self, "_value", self._checked_value())
-        if self.op in _DIRECTED:
+        if isinstance(self.op, str) and self.op in _DIRECTED:
             assert self._value is not None
             length = np.linalg.norm(self._value, axis=-1, keepdims=True)
             if not length.all():

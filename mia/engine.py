@@ -328,10 +328,7 @@ class Runner:
     ) -> None:
         """The next rows of segments, or the next token of generations."""
         tokens, positions = [r.token for r in rows], [r.pos for r in rows]
-        if not generations:
-            self.out_index = np.cumsum(out, dtype=np.intp) - 1
-        elif len(self.out_index) != len(rows):
-            self.out_index = np.arange(len(rows), dtype=np.intp)
+        self.out_index = np.cumsum(out, dtype=np.intp) - 1
         for _ in range(4):
             if self.context.tracer is not None:
                 self.session.turn_to(any(out))

@@ -196,6 +196,13 @@ class Model:
                 ids.insert(0, self.bos_token)
         return ids
 
+    def continuation(self, before: str, text: str) -> list[int]:
+        """Token ids of a text that follows `before`. Alone it can have others: a SentencePiece
+        vocabulary puts a space in front of whatever it is given."""
+        head, both = (self._llama.tokenize(t, special=True) for t in (before, before + text))
+        n = len(head)
+        return both[n:] if both[:n] == head else self._llama.tokenize(text, special=True)
+
     def piece(self, token: int) -> str:
         """The text of one token; bytes that are no UTF-8 by themselves show as `�`."""
         return self._bytes(token).decode(errors="replace")
@@ -214,6 +221,8 @@ class Model:
     def token_id(self, text: str) -> int:
         """The one token that a text is. Raises `UsageError` where it is none or several."""
         ids = self._llama.tokenize(text, special=True)
+        if len(ids) > 1 and len(found := self.continuation(":", text)) == 1:
+            return found[0]
         if len(ids) != 1:
             parts = " ".join(repr(self.piece(i)) for i in ids)
             hint = (
@@ -344,6 +353,11 @@ class Model:
         session.context.set_control_vector(vector)
         try:
             runner.run(roots)
+        except BaseException:
+            # what an edit has made may be in the cache, NaN even, which spoils later runs: masked
+            # cells are read, and zero times NaN is NaN
+            session.context.clear(data=True)
+            raise
         finally:
             runner.close()
 
@@ -565,4 +579,4 @@ def _shared_control_vector(jobs: list[Job], n_layer: int, n_embd: int) -> Array 
 
 
 def _without_edits(r: Request) -> Request:
-    return replace(r, edits=(), captures=())
+    return replace(r, edits=())

@@ -152,7 +152,10 @@ class Visits:
         scale = np.float32(self.session.site(site).scale)
         for b in which:
             cells = self.rows[b].path_cells(self._groups[site.layer])
-            yield int(b), a[:, b][:, cells][None] * scale
+            line = a[:, b][:, cells][None] * scale
+            if site.name == "attn_pattern":
+                line[..., _overwritten(cells)] = 0
+            yield int(b), line
 
     def _put_pattern(self, site: Site, a: Array, b: int, line: Array) -> None:
         assert site.layer is not None
@@ -175,6 +178,15 @@ class Visits:
                 f"query {row.pos} has no key left to look at in layer {site.layer}, head {blind[0]}; "
                 "leave it one"
             )
+
+
+def _overwritten(cells: Index) -> list[int]:
+    """Positions whose cell a later position of the sequence has taken over, as llama.cpp does with
+    what a sliding window has left behind: nothing of them is attended to."""
+    latest = {cell: pos for pos, cell in enumerate(cells.tolist())}
+    if len(latest) == len(cells):
+        return []
+    return [pos for pos, cell in enumerate(cells.tolist()) if latest[cell] != pos]
 
 
 class _Target:

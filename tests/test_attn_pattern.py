@@ -179,3 +179,20 @@ def test_a_half_precision_cache_has_patterns_too(llama: Tiny, reopen: Any) -> No
         np.testing.assert_allclose(read.captures[site], want[str(site)], rtol=0, atol=0.02)
     np.testing.assert_allclose(plain.logits, read.logits, rtol=0, atol=0.1)
     assert sorted(flash for _, flash in t.model._sessions) == [False, True]
+
+
+@pytest.mark.parametrize(("a", "b", "n"), [(8, 3, 12), (3, 3, 9), (12, 4, 9)])
+def test_cells_that_a_window_left_behind_are_used_again(tiny: Any, a: int, b: int, n: int) -> None:
+    """For later tokens of the same sequence: what is read there is not the old key's."""
+    t = tiny("gemma2-window")
+    requests = [
+        Request(t.prompt(a, seed=3), n_predict=3, stop_at_eog=False),
+        Request(
+            t.prompt(b, seed=1),
+            captures=[Capture("attn_pattern", generated=True)],
+            n_predict=n,
+            stop_at_eog=False,
+        ),
+    ]
+    for request, result in zip(requests, t.model.run(requests), strict=True):
+        check(result, request, t.oracle)

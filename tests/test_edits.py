@@ -2,12 +2,13 @@
 
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import CASES, Tiny
-from reference import ELSEWHERE, UNTOUCHED, check, check_untouched, expected
+from reference import ELSEWHERE, UNTOUCHED, check, check_same, check_untouched, expected
 
 from mia.edits import OPERATORS, Edit
 from mia.errors import EngineError, RangeError, SiteError, UsageError
@@ -381,3 +382,16 @@ def test_ctrl_c_ends_the_run(llama: Tiny, site: str) -> None:
     assert len(calls) == 1
     assert signal.getsignal(signal.SIGINT) is before
     check(llama.model.run([clean])[0], clean, llama.oracle)
+
+
+def test_a_function_need_not_be_hashable(llama: Tiny) -> None:
+    @dataclass
+    class Scaled:
+        by: float
+
+        def __call__(self, h: np.ndarray) -> np.ndarray:
+            return h * self.by
+
+    request = Request(llama.prompt(), [Edit("resid_post.1", Scaled(2.0))])
+    same = Request(llama.prompt(), [Edit("resid_post.1", "scale", coeff=2.0)])
+    check_same(llama.model.run([request])[0], llama.model.run([same])[0])

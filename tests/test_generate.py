@@ -67,6 +67,41 @@ def _requests(t: Tiny) -> list[Request]:
     ]
 
 
+def test_generations_as_many_as_the_prompt_has_tokens(llama: Tiny) -> None:
+    """The rows of the first step are as many as those of the prompt's decode, of which only one
+    was an output."""
+    v = llama.vector()
+    for n in (2, 3, 5):
+        requests = [
+            Request(
+                llama.prompt(n),
+                [Edit("resid_post.2", "add", v, [], generated=True, coeff=i)],
+                [Capture(["final_norm", "logits"], [], generated=True)],
+                None,
+                n_predict=4,
+                sampling=Sampling(temperature=1, seed=i),
+                stop_at_eog=False,
+            )
+            for i in range(n)
+        ]
+        for request, result in zip(requests, llama.model.run(requests), strict=True):
+            check(result, request, llama.oracle)
+
+
+def test_a_run_that_fails_spoils_no_other(tiny: Any) -> None:
+    """What the edits made is in the cache by then."""
+    t = tiny("gpt2")
+    huge = np.full(t.model.n_embd, 3e38, np.float32)
+    edits = [
+        Edit("resid_post.1", "add", huge, tokens=[], generated=True),
+        Edit("resid_post.2", "add", t.vector()),
+    ]
+    with pytest.raises(UsageError, match="not finite"):
+        t.model.run([Request(t.prompt(4), edits, n_predict=8, stop_at_eog=False)])
+    after = Request([279, 210, 169], [Edit("mlp_out.0", "scale", coeff=0.5, tokens=-1)])
+    check(t.model.run([after])[0], after, t.oracle)
+
+
 def _check_all(t: Tiny, requests: list[Request], results: list[Any]) -> None:
     rows = [N_PROMPT + N_PREDICT - 1] * 5 + [2 + N_PREDICT - 1] * 2 + [1] * 3
     for request, result in zip(requests, results, strict=True):

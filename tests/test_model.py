@@ -441,6 +441,28 @@ def test_a_control_vector_stays_until_another_is_wanted(
     assert ranges == [(1, 1), (1, 2), (-1, -1), (2, 2)]
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_a_control_vector_that_was_cut_short_is_set_again(
+    llama: Tiny, reopen: Any, monkeypatch: pytest.MonkeyPatch, on: bool
+) -> None:
+    t = reopen(llama)
+    steered = Request(t.prompt(6), [Edit("l_out-1", "add", t.vector())])
+    plain = Request(t.prompt(6))
+    first, then = (plain, steered) if on else (steered, plain)
+    t.model.run([first])
+    real = library().L.llama_set_adapter_cvec
+
+    def interrupted(*args: Any) -> int:
+        real(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(library().L, "llama_set_adapter_cvec", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            t.model.run([then])
+    check(t.model.run([first])[0], first, t.oracle)
+
+
 def test_what_is_no_request_is_named(llama: Tiny) -> None:
     with pytest.raises(UsageError, match=r"run takes a list of requests"):
         llama.model.run(Request([1]))  # type: ignore[arg-type]
