@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import EllipsisType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,14 +53,17 @@ class Hook:
     generated: bool = False
 
     def __init__(
-        self, sites: str | Site | Sequence[str | Site] | None = None, *, tokens: Tokens = None
+        self,
+        sites: str | Site | Sequence[str | Site] | None = None,
+        *,
+        tokens: Tokens | EllipsisType = ...,
     ):
-        """What is given takes the place of the class's own."""
+        """What is given takes the place of the class's own; `tokens=None` stands for all. A
+        subclass with an `__init__` of its own need not call this one."""
         if sites is not None:
             self.sites = sites
-        if tokens is not None:
+        if tokens is not ...:
             self.tokens = tokens
-        self._edits: dict[Site, Edit] = {}
 
     # -- for subclasses ------------------------------------------------------------
 
@@ -92,12 +96,14 @@ class Hook:
         """One per site, the same objects each time, so that requests share work."""
         if not self.changes:
             return []
+        # Made here, for a subclass may have an __init__ that does not call this class's.
+        made: dict[Site, Edit] = vars(self).setdefault("_edits", {})
         for site in self.at(model):
-            if site not in self._edits:
-                self._edits[site] = Edit(
+            if site not in made:
+                made[site] = Edit(
                     site, partial(self.change, site), tokens=self.tokens, generated=self.generated
                 )
-        return [self._edits[s] for s in self.at(model)]
+        return [made[s] for s in self.at(model)]
 
     def captures(self, model: Model) -> list[Capture]:
         return [Capture(self.at(model), self.tokens, self.generated)] if self.reads else []

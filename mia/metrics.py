@@ -45,18 +45,30 @@ class FirstToken:
 
 def exact_match(text: str, outputs: Iterable[str], end: str = "") -> bool:
     """Whether a continuation, up to what ends an answer in the prompt's format, is one of the
-    right answers. `end`: "\\n\\n" ends at the first line end, ", " at the first comma."""
+    right answers. `end`: "\\n\\n" ends at the first line end, ", " at the first comma that the
+    answer does not have itself (Washington, D.C.)."""
     stop = end.strip(" ")[:1] or end[:1]
-    said = text.split(stop, 1)[0] if stop else text
-    return said.strip() in {o.strip() for o in outputs}
+    parts = text.split(stop) if stop else [text]
+
+    def said(answer: str) -> str:
+        own = answer.count(stop) if stop else 0
+        return stop.join(parts[: own + 1]).strip()
+
+    return any(said(o) == o for o in (o.strip() for o in outputs))
 
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """k right of n, with Wilson's interval."""
+    """k right of n, with Wilson's interval.
+
+    Attributes:
+        distinct: how many different queries the n are, where some were asked several times. The
+            interval is that of so many: to ask again says little new.
+    """
 
     k: int
     n: int
+    distinct: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.k <= self.n or self.n < 1:
@@ -69,10 +81,8 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """95 %."""
-        return wilson(self.k, self.n)
-
-    def __add__(self, other: Accuracy) -> Accuracy:
-        return Accuracy(self.k + other.k, self.n + other.n)
+        n = self.distinct or self.n
+        return wilson(self.k * n / self.n, n)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -86,6 +96,7 @@ class Accuracy:
             "high": round(high, 4),
             "correct": self.k,
             "n": self.n,
+            **({} if self.distinct is None else {"distinct": self.distinct}),
         }
 
 
@@ -93,7 +104,13 @@ def accuracy(correct: Sequence[bool] | npt.NDArray[np.bool_]) -> Accuracy:
     return Accuracy(int(np.sum(correct)), len(correct))
 
 
-def wilson(k: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def pooled(parts: Sequence[Accuracy], distinct: int) -> Accuracy:
+    """Several as one, over so many different queries."""
+    k, n = sum(a.k for a in parts), sum(a.n for a in parts)
+    return Accuracy(k, n, None if distinct == n else distinct)
+
+
+def wilson(k: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson's interval for k of n (Wilson 1927); z = 1.96 for 95 %."""
     p, zz = k / n, z * z
     centre = (p + zz / (2 * n)) / (1 + zz / n)

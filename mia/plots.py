@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,12 @@ INFERNO = (
 #: maps that are drawn large, with axes of their own; more become one grid
 _LARGE = 12
 _DPI = 150
+#: more lines than this have no bands: they would hide each other
+_BANDS = 6
+#: how the first ten lines are drawn, the next ten, …: there are ten colours
+_DASHES = ("solid", "dashed", "dotted", "dashdot", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+#: where the colours of a clipped heatmap end, in percent of |value|, and how many cells it frames
+_CLIP, _FRAMED = 99, 10
 _GAP = 0.08  # of a tile, between tiles
 
 
@@ -83,6 +90,7 @@ def heatmap(
     x_labels: Sequence[str] | None = None,
     y_labels: Sequence[str] | None = None,
     diverging: bool = False,
+    clipped: bool = False,
 ) -> Figure:
     """One array (n_rows, n_columns) as coloured cells, row 0 on top.
 
@@ -91,6 +99,9 @@ def heatmap(
         x_labels, y_labels: of each column and row, its number by default; as many are written
             as fit.
         diverging: red above 0, blue below it, white at 0; else inferno from least to most.
+        clipped: of the diverging colours: they end at the 99th percentile of |value|, so that
+            one large value leaves the others visible. The largest beyond is written at the bar,
+            and the values farthest from 0, ten at most, are framed.
     """
     a = np.asarray(array, np.float64)
     if a.ndim != 2 or not a.size:
@@ -104,6 +115,9 @@ def heatmap(
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     if diverging:
         high = max(abs(low), abs(high), 1e-12)
+        if clipped:
+            # "lower" leaves the largest out of a small model's few heads too
+            high = float(np.percentile(np.abs(finite), _CLIP, method="lower")) or high
         low = -high
     image = axes.imshow(
         a,
@@ -118,8 +132,31 @@ def heatmap(
     _ticks(axes, "y", rows, y_labels, cell * rows)
     axes.set(xlabel=x, ylabel=y)
     _title(fig, axes, title)
-    fig.colorbar(image, ax=axes, label=bar)
+    above, below = bool((finite > high).any()), bool((finite < low).any())
+    extend = {(1, 0): "max", (0, 1): "min", (1, 1): "both"}.get((above, below), "neither")
+    if clipped:
+        notes = [f"framed: the {_frame(axes, a)} strongest"]
+        for name, there, find in (("max", above, np.nanargmax), ("min", below, np.nanargmin)):
+            if there:
+                i, k = divmod(int(find(a)), columns)
+                where = f"{y_labels[i] if y_labels else i}.{x_labels[k] if x_labels else k}"
+                notes.append(f"{name} {a[i, k]:.2g} at {where}")
+        bar = f"{bar}\n{_wrapped('; '.join(notes), cell * rows)}"
+    fig.colorbar(image, ax=axes, label=bar, extend=extend)
     return fig
+
+
+def _frame(axes: Axes, a: npt.NDArray[np.float64]) -> int:
+    """Frames the cells farthest from 0, at most every tenth; how many."""
+    from matplotlib.patches import Rectangle
+
+    strength = np.nan_to_num(np.abs(a))
+    n = min(_FRAMED, -(-a.size // 10), np.count_nonzero(strength))
+    for cell in np.argsort(-strength, axis=None, kind="stable")[:n]:
+        row, column = divmod(int(cell), a.shape[1])
+        corner = (column - 0.5, row - 0.5)
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, linewidth=1.4, clip_on=False))
+    return n
 
 
 def attention_grid(
@@ -227,6 +264,36 @@ def _tiles(
     return fig
 
 
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a `Panel`.
+
+    Attributes:
+        name: lines of the same name have the same colour, in all panels.
+        y: (n,), or one number: a thin line across the panel.
+        x: (n,), of this line's own.
+        band: (low, high), each (n,).
+        kind: what this line of its name is; the lines of a kind have the same dashes.
+        dashes: of the kind; by default solid up to ten names.
+    """
+
+    name: str
+    y: npt.ArrayLike
+    x: npt.ArrayLike = ()
+    band: tuple[npt.ArrayLike, npt.ArrayLike] | None = None
+    kind: str = ""
+    dashes: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Axes with lines. `share`: y goes from 0 to 1."""
+
+    lines: Sequence[Line]
+    y_label: str = ""
+    share: bool = False
+
+
 def curves(
     x: npt.ArrayLike,
     lines: Mapping[str, npt.ArrayLike],
@@ -237,23 +304,105 @@ def curves(
     y_label: str = "",
 ) -> Figure:
     """Lines over x, each (n,), with intervals (low, high) as bands where given."""
-    at = np.asarray(x, np.float64)
-    fig = figure(6.4, 4.0)
-    axes = fig.add_subplot()
-    for name, values in lines.items():
-        y = np.asarray(values, np.float64)
-        if y.shape != at.shape:
-            raise UsageError(f"line {name!r} has shape {y.shape}, x has {at.shape}")
-        (line,) = axes.plot(at, y, marker="o", markersize=3, linewidth=1.2, label=name)
-        if intervals is not None and name in intervals:
-            low, high = (np.asarray(b, np.float64) for b in intervals[name])
-            axes.fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set(xlabel=x_label, ylabel=y_label)
-    _title(fig, axes, title)
-    if len(lines) > 1:
-        axes.legend(fontsize=8, frameon=False)
-    axes.grid(alpha=0.3, linewidth=0.5)
+    bands = intervals or {}
+    drawn = [Line(name=n, x=x, y=y, band=bands.get(n)) for n, y in lines.items()]
+    return panels([Panel(lines=drawn, y_label=y_label)], title=title, x_label=x_label)
+
+
+def panels(shown: Sequence[Panel], *, title: str = "", x_label: str = "") -> Figure:
+    """Panels below each other over the same x, with one legend below them all.
+
+    Bands are left out where a panel has more than six lines.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    names = list(dict.fromkeys(line.name for panel in shown for line in panel.lines))
+    looks = {name: (f"C{i % 10}", _DASHES[i // 10 % len(_DASHES)]) for i, name in enumerate(names)}
+    width, height = (6.4, 4.0) if len(names) <= 10 else (8.0, 4.8)
+    fig = figure(width, height if len(shown) == 1 else 0.75 * height * len(shown))
+    grid = fig.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, panel in zip(grid, shown, strict=True):
+        _lines(axes, panel, looks)
+        axes.set_ylabel(panel.y_label)
+        if panel.share:
+            axes.set_ylim(0, 1)
+        axes.margins(x=0.015)  # no tick for a layer after the last
+        axes.grid(alpha=0.3, linewidth=0.5)
+    at = np.concatenate([np.ravel(line.x) for panel in shown for line in panel.lines])
+    if np.array_equal(at, np.round(at)):  # layers, steps
+        grid[-1].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    if len(set(at)) == 1:
+        grid[-1].set_xlim(at[0] - 1, at[0] + 1)
+    grid[-1].set_xlabel(x_label)
+    _title(fig, grid[0], title)
+    _legend(fig, [line for panel in shown for line in panel.lines], looks)
     return fig
+
+
+def _lines(axes: Axes, panel: Panel, looks: Mapping[str, tuple[str, Any]]) -> None:
+    banded = sum(np.ndim(line.y) > 0 for line in panel.lines) <= _BANDS
+    # a share of 0 or 1 lies on the frame, which would cut the line
+    style: dict[str, Any] = {"clip_on": not panel.share, "zorder": 3}
+    markers = {"marker": "o", "markersize": 3} if len(looks) <= 10 else {}
+    for line in panel.lines:
+        colour, dashes = looks[line.name]
+        style |= {"color": colour, "linestyle": line.dashes or dashes}
+        y = np.asarray(line.y, np.float64)
+        if not y.ndim:
+            axes.axhline(float(y), linewidth=0.8, **style)
+            continue
+        x = np.asarray(line.x, np.float64)
+        if y.shape != x.shape:
+            raise UsageError(f"line {line.name!r} has shape {y.shape}, x has {x.shape}")
+        axes.plot(x, y, linewidth=1.2, **style, **markers)
+        if line.band is not None and banded:
+            low, high = (np.asarray(b, np.float64) for b in line.band)
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def _legend(fig: Figure, lines: Sequence[Line], looks: Mapping[str, tuple[str, Any]]) -> None:
+    """The names by their colours, the kinds by their dashes. The figure grows by its height."""
+    from matplotlib.lines import Line2D
+
+    def entry(text: str, colour: str, dashes: Any) -> tuple[str, Line2D]:
+        return _entry(text), Line2D([], [], color=colour, linestyle=dashes, linewidth=1.2)
+
+    names = [entry(name, *look) for name, look in looks.items()] if len(looks) > 1 else []
+    dashes = {line.kind: line.dashes or "solid" for line in lines if line.kind}
+    # a kind comes in the colour of every name: it is shown in it where there is one name only
+    colour = "0.3" if names else "C0"
+    kinds = [entry(kind, colour, d) for kind, d in dashes.items()] if len(dashes) > 1 else []
+    if not names and not kinds:
+        return
+    width, height = fig.get_size_inches()
+    size = 8 / 72  # inches
+    longest = max(len(text) for text, _ in [*names, *kinds])
+    most = max(int((width - 0.2) / (size * (0.6 * longest + 4.5))), 1)
+    rows = -(-len(names) // most)  # of names; the kinds begin a row of their own
+    columns = max(-(-len(names) // max(rows, 1)), min(most, len(kinds)))
+    kind_rows = -(-len(kinds) // columns)
+    cells = []
+    for c in range(columns):
+        column = names[c * rows : (c + 1) * rows]
+        column += [entry(" ", "none", "solid")] * (rows - len(column)) + kinds[c::columns]
+        cells += column + [entry(" ", "none", "solid")] * (rows + kind_rows - len(column))
+    fig.set_size_inches(width, height + 1.6 * size * (rows + kind_rows))
+    fig.legend(
+        [handle for _, handle in cells],
+        [text for text, _ in cells],
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=8,
+        frameon=False,
+        handlelength=2.8,
+        columnspacing=1.2,
+    )
+
+
+def _entry(text: str, most: int = 60) -> str:
+    """A legend's text. One that begins with an underscore would be left out."""
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    return f" {text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
 
 
 # -- labels that do not overlap ----------------------------------------------------------

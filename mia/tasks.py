@@ -13,9 +13,10 @@ chosen on `dev`, and what is reported is of `test`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 from mia.errors import FileError, RangeError, UsageError
 
 _FOLDER = Path(__file__).with_name("data") / "tasks"
+_DEALS = 256  # how many times answers are shuffled, to find a deal with few right ones
 FAMILIES = ("knowledge", "language", "linguistic", "algorithmic", "symmetric")
 
 
@@ -117,46 +119,73 @@ def load(name: str | Path) -> Task:
 
 
 def read_pairs(path: str | Path) -> tuple[Pair, ...]:
-    """The pairs of a file in any of the three formats; of two lines with one input the first.
+    """The pairs of a file in any of the three formats; a pair that is there twice counts once.
 
-    Raises `FileError` naming the place."""
+    Raises `FileError` naming the place, or both places of an input with different answers."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors write a BOM
     except (OSError, UnicodeDecodeError) as err:
         reason = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
         raise FileError(f"cannot read the task {path}: {reason}") from err
-    pairs: dict[str, Pair] = {}
+    found: dict[str, tuple[Pair, str]] = {}
     for where, row in _rows(text, path):
         pair = _pair(row, f"{path}, {where}")
-        pairs.setdefault(pair.input, pair)
-    if not pairs:
+        first, place = found.setdefault(pair.input, (pair, where))
+        if first != pair:
+            a, b = (", ".join(map(repr, p.outputs)) for p in (first, pair))
+            raise FileError(
+                f"{path}: the input {pair.input!r} has the answer {a} at {place} and {b} at "
+                f"{where}; if both are right, write them as one list"
+            )
+    if not found:
         raise FileError(f"{path} has no pairs of an input and an output")
-    return tuple(pairs.values())
+    return tuple(pair for pair, _ in found.values())
 
 
 def _rows(text: str, path: str | Path) -> list[tuple[str, Any]]:
     """(where, {"input", "output"}) from JSONL, an array, or a flat object."""
+    read = partial(json.loads, object_pairs_hook=partial(_object, path))
     try:
-        whole = json.loads(text)
-    except ValueError:
+        whole = read(text)
+    except ValueError as err:
+        first = text.lstrip().split("\n", 1)[0].rstrip()
+        if first and not (first[0] == "{" and first[-1] == "}"):  # it is not a line of JSONL
+            raise FileError(f"{path} is not JSON: {err}") from err
         whole = None
     if isinstance(whole, list):
         return [(f"item {i}", row) for i, row in enumerate(whole)]
-    if isinstance(whole, dict) and not {"input", "output"} <= whole.keys():
+    if isinstance(whole, dict):
+        # A flat object may have "input" among its words, but no task has fewer than 5 pairs.
+        parts = {"input", "output"} & whole.keys()
+        if len(parts) == 2 or (parts and len(whole) < 5):
+            return [("line 1", whole)]
         return [(f"key {k!r}", {"input": k, "output": v}) for k, v in whole.items()]
     rows = []
-    for n, line in enumerate(text.splitlines(), 1):
+    for n, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 in a text
         if line.strip():
             try:
-                rows.append((f"line {n}", json.loads(line)))
+                rows.append((f"line {n}", read(line)))
             except ValueError as err:
                 raise FileError(f"{path}, line {n} is not JSON: {err}") from err
     return rows
 
 
+def _object(path: str | Path, items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json itself would keep the last of two values."""
+    made: dict[str, Any] = {}
+    for key, value in items:
+        if key in made and made[key] != value:
+            raise FileError(f"{path}: the key {key!r} has two values, {made[key]!r} and {value!r}")
+        made[key] = value
+    return made
+
+
 def _pair(row: Any, where: str) -> Pair:
-    if not isinstance(row, dict) or "input" not in row or "output" not in row:
+    if not isinstance(row, dict):
         raise FileError(f'{where} is not an object with "input" and "output"')
+    for part in ("input", "output"):
+        if part not in row:
+            raise FileError(f"{where} has no {part!r}")
     given = row["output"] if isinstance(row["output"], list) else [row["output"]]
     texts = [_text(t, where) for t in (row["input"], *given)]
     if len(texts) < 2 or not all(texts):
@@ -167,6 +196,8 @@ def _pair(row: Any, where: str) -> Pair:
 def _text(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise FileError(f"{where}: {value!r} is neither text nor a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FileError(f"{where}: {value!r} is no finite number; write it in quotes if it is text")
     return str(value).strip()
 
 
@@ -175,7 +206,7 @@ def _text(value: Any, where: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How a pair is written: a text with {input} and, after it, {output}.
+    """How a pair is written: a text with {input}, {output} and what ends the answer.
 
     The query is the same text up to {output}, less the space that stands before it; that
     space belongs to the answer's first token.
@@ -188,6 +219,11 @@ class Format:
         if not 0 <= i < o or self.text.count("{input}") + self.text.count("{output}") != 2:
             raise UsageError(
                 f"the format {self.text!r} needs {{input}} once and {{output}} once after it"
+            )
+        if not self.end:
+            raise UsageError(
+                f"the format {self.text!r} ends with {{output}}; end it with something that "
+                r"separates examples, such as \n"
             )
 
     @property
@@ -266,17 +302,32 @@ def draw(
     too few."""
     allowed = [p for p in pool if p.input != without]
     if n > len(allowed):
-        raise RangeError(f"{n} examples are asked for; {len(allowed)} are left for them")
+        raise RangeError(
+            f"{n} examples are asked for; {len(allowed)} are left for them: "
+            "ask for fewer (--shots), or give the task more pairs"
+        )
     return [allowed[i] for i in rng.choice(len(allowed), n, replace=False)]
 
 
 def shuffled(examples: Sequence[Pair], rng: np.random.Generator) -> list[Pair]:
-    """The same inputs with the outputs dealt anew, none to its own input where that can be
-    helped (Todd et al. 2023: prompts that say how to answer, and not what)."""
+    """The same inputs with the outputs dealt anew (Todd et al. 2023: prompts that say how to
+    answer, and not what).
+
+    None stays with its own input; of several such deals the one that leaves the fewest right
+    answers, which matters where many inputs have the same one."""
     n = len(examples)
     if n < 2:
         return list(examples)
-    order = rng.permutation(n)
-    turned = np.empty(n, np.intp)  # a cycle through a random order: nothing stays in its place
-    turned[order] = np.roll(order, 1)
-    return [Pair(e.input, examples[int(j)].outputs) for e, j in zip(examples, turned, strict=True)]
+    sets = [set(e.outputs) for e in examples]
+    right = np.array([[bool(a & b) for b in sets] for a in sets])  # (n, n)
+    best, fewest = np.empty(0, np.intp), n + 1
+    for _ in range(_DEALS):
+        order = rng.permutation(n)
+        turned = np.empty(n, np.intp)  # a cycle through a random order: nothing stays in its place
+        turned[order] = np.roll(order, 1)
+        left = int(right[np.arange(n), turned].sum())
+        if left < fewest:
+            best, fewest = turned, left
+        if not left:
+            break
+    return [Pair(e.input, examples[int(j)].outputs) for e, j in zip(examples, best, strict=True)]

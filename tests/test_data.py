@@ -179,6 +179,60 @@ def test_no_antonym_pair_in_both_directions() -> None:
     assert max(pairs.values()) == 1
 
 
+OECD = """Australia, Austria, Belgium, Canada, Chile, Colombia, Costa Rica, Czech Republic, Denmark,
+Estonia, Finland, France, Germany, Greece, Hungary, Iceland, Ireland, Israel, Italy, Japan, Latvia,
+Lithuania, Luxembourg, Mexico, Netherlands, New Zealand, Norway, Poland, Portugal, Slovakia,
+Slovenia, South Korea, Spain, Sweden, Switzerland, Turkey, United Kingdom, United States"""
+G20_TOO = "Argentina, Brazil, China, India, Indonesia, Russia, Saudi Arabia, South Africa"
+EU_TOO = "Bulgaria, Croatia, Cyprus, Malta, Romania"
+OVER_100_MILLION_TOO = """Bangladesh, Democratic Republic of the Congo, Egypt, Ethiopia, Nigeria,
+Pakistan, Philippines, Vietnam"""
+
+
+def test_known_capitals_are_by_the_rule_in_the_description() -> None:
+    entry = {e["name"]: e for e in ENTRIES}
+    known, every = dict(task("country_capital_known")), dict(task("country_capital"))
+    rule = re.split(r",\s", ", ".join((OECD, G20_TOO, EU_TOO, OVER_100_MILLION_TOO)))
+    left_out = set(rule) - set(known)
+    assert set(known) <= set(rule) and left_out == {"South Africa", "Israel", "Luxembourg"}
+    assert all(c in entry["country_capital_known"]["description"] for c in left_out)
+    assert not left_out & set(every) and known.items() <= every.items()
+    assert f"{len(every)} countries" in entry["country_capital"]["description"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "also"),
+    [
+        ("person_profession", "Michael Jordan", {"athlete", "basketball player"}),
+        ("person_profession", "Serena Williams", {"athlete", "tennis player"}),
+        ("person_profession", "Margaret Thatcher", {"politician", "prime minister"}),
+        ("person_profession", "Winston Churchill", {"politician", "prime minister"}),
+        ("person_profession", "Angela Merkel", {"politician", "chancellor"}),
+        ("person_profession", "Alan Turing", {"mathematician", "computer scientist"}),
+        ("person_profession", "Walter Cronkite", {"journalist", "broadcaster", "anchor"}),
+        ("product_company", "ThinkPad laptop", {"Lenovo", "IBM"}),
+        ("country_currency", "Iran", {"rial", "toman"}),
+        ("english_spanish", "to drink", {"beber", "tomar"}),
+        ("english_spanish", "to walk", {"caminar", "andar"}),
+        ("english_german", "car", {"Auto", "Wagen"}),
+        ("french_english", "aimer", {"to love", "to like"}),
+        ("french_english", "parler", {"to speak", "to talk"}),
+    ],
+)
+def test_what_else_is_right(name: str, text: str, also: set[str]) -> None:
+    assert also <= set(dict(task(name))[text])
+
+
+def test_cars_of_chevrolet_are_also_of_general_motors() -> None:
+    found = [set(outs) for _, outs in task("product_company") if "Chevrolet" in outs]
+    assert found == [{"Chevrolet", "General Motors", "GM", "Chevy"}] * 3
+
+
+def test_kinship_is_no_antonymy() -> None:
+    kin = {"father", "mother", "son", "uncle", "brother", "husband", "king"}
+    assert not kin & set(dict(task("antonym")))
+
+
 def test_countries_agree_between_tasks() -> None:
     landmarks = {outs[0] for _, outs in task("landmark_country")}
     known = {

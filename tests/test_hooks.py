@@ -80,3 +80,29 @@ def test_where_a_hook_is_can_be_given(llama: Tiny) -> None:
     assert len(Hook().look(llama.model, "The cat")) == llama.model.n_layer
     with pytest.raises(SiteError, match="unknown site 'l_outt'"):
         Hook("l_outt").look(llama.model, prompt)
+
+
+class OwnInit(Halve):
+    def __init__(self, factor: float) -> None:  # and no super().__init__()
+        self.factor = factor
+
+    def change(self, site: Site, rows: np.ndarray) -> np.ndarray:
+        return rows * self.factor
+
+
+def test_a_subclass_need_not_call_init(llama: Tiny) -> None:
+    prompt = llama.prompt()
+    hook, other = OwnInit(0.5), OwnInit(1.0)
+    changed = hook.run(llama.model, [Request(prompt)])[0]
+    halved = Halve().run(llama.model, [Request(prompt)])[0]
+    np.testing.assert_allclose(changed.logits, halved.logits, atol=UNTOUCHED)
+    assert hook.edits(llama.model)[0] is hook.edits(llama.model)[0]
+    assert hook.edits(llama.model)[0] is not other.edits(llama.model)[0]
+
+
+def test_tokens_may_be_all_again(llama: Tiny) -> None:
+    assert [h.tokens for h in (Halve(), Halve(tokens=None), Halve(tokens=[0]))] == [-1, None, [0]]
+    prompt = llama.prompt()
+    changed = Halve(tokens=None).run(llama.model, [Request(prompt, logits="all")])[0]
+    truth = llama.oracle.run(prompt, {"mlp_out.1": lambda x: x / 2})
+    np.testing.assert_allclose(changed.logits, truth["logits"], atol=TOLERANCE)

@@ -17,6 +17,7 @@ from mia.cli import app
 from mia.edits import Edit
 from mia.errors import FileError, MiaError, RangeError, UsageError
 from mia.methods import function_vectors as fv
+from mia.methods import optimisers
 from mia.methods import soft_vectors as sv
 from mia.methods import task_vectors as tv
 from mia.methods.extractor import Extractor, IclPrompt, Scores
@@ -74,6 +75,24 @@ def test_a_space_that_is_a_token_goes_to_the_prompt(ex: Extractor) -> None:
     p = spaced.zero_shot(spaced.test)[0]
     assert ex.model.detokenize(p.tokens) == f"<|endoftext|>{p.query.input}: "
     assert [ex.model.piece(t) for t in p.answers] == [p.query.output]
+
+
+def test_answers_are_tokens_as_they_follow_the_query(tmp_path: Path) -> None:
+    """A SentencePiece vocabulary would put a space in front of an answer read alone."""
+    words = ["cat", "dog", "Paris", "France", "Rome", "Italy"]
+    task = Task(
+        "x", tuple(Pair(a, (b,)) for a, b in zip(words, words[1:] + words[:1], strict=True))
+    )
+    with Model(write_tiny(tmp_path / "spm.gguf", "llama", spm=True), threads=1) as m:
+        for text in ("Q: {input}\nA: {output}\n\n", "{input}:{output}\n"):
+            form = Format(text)
+            ex = Extractor(m, task, fmt=form, shots=1)
+            for pair in task.pairs:
+                p = ex.prompt(task.pairs[:1], pair)
+                whole = form.prompt(task.pairs[:1], pair.input) + form.answer(pair.output)
+                assert (*p.tokens, *p.answers) == tuple(m.tokenize(whole, bos=True))
+        assert m.piece(m.token_id(" Paris")) == " Paris"
+        assert m.token_id(" Paris") == m.token_id("Paris")  # alone it gets that space
 
 
 def test_known_pairs_are_those_answered_after_half_of_the_sets(
@@ -237,8 +256,6 @@ def test_evaluation_counts_what_the_runs_say(ex: Extractor) -> None:
     assert e.zero_shot == ex.accuracy(zero)
     assert e.vector == e.by_layer[theta.layer] == ex.accuracy(zero, theta.edits())
     assert e.icl == ex.accuracy(ex.few_shot(ex.test))
-    double = e + e
-    assert (double.vector.k, double.vector.n) == (2 * e.vector.k, 12)
     exact = tv.evaluate(ex, theta, match="exact")
     assert exact.vector.k <= e.vector.k
 
@@ -265,12 +282,26 @@ def test_conflict_asks_what_both_tasks_know(ex: Extractor) -> None:
     other = Task(
         "before", tuple(Pair(b, (a,)) for a, b in zip(LETTERS, LETTERS[1:] + "a", strict=True))
     )
-    theta = tv.extract(Extractor(ex.model, other, fmt=FORMAT, shots=2), sets=1, dummies=2)
-    c = tv.conflict(ex, theta, other.pairs)
-    assert c.shown.n == c.put.n == len(ex.test) + len(ex.dev)
-    assert c.shown_plain == ex.accuracy(ex.few_shot((*ex.test, *ex.dev), what="conflict"))
-    with pytest.raises(UsageError, match="next and before have no inputs in common"):
-        tv.conflict(ex, theta, TASK.pairs)  # the same answers
+    source = Extractor(ex.model, other, fmt=FORMAT, shots=2)
+    theta = tv.extract(source, sets=1, dummies=2)
+    c = tv.conflict(ex, theta, source)
+    used = {p.input for p in (*source.train, *source.dev)}
+    asked = [q for q in (*ex.test, *ex.dev) if q.input not in used]
+    assert c.shown.n == c.put.n == len(asked) > 2
+    assert c.shown_plain == ex.accuracy(ex.few_shot(asked, what="conflict"))
+    with pytest.raises(UsageError, match="next and next have no inputs in common"):
+        tv.conflict(ex, theta, ex)  # the same answers
+
+
+def test_pooled_test_parts_count_a_query_once(ex: Extractor) -> None:
+    theta = tv.extract(ex, sets=1, dummies=2)
+    one = tv.evaluate(ex, theta, by_layer=True)
+    both = tv.pool([one, one])
+    assert (both.icl.n, both.icl.distinct) == (12, 6)
+    assert both.vector.k == 2 * one.vector.k and both.icl.interval == one.icl.interval
+    assert both.by_layer[0].as_dict()["distinct"] == 6
+    other = replace(one, asked=frozenset("uvwxyz"))
+    assert one.asked.isdisjoint("xy") or tv.pool([one, other]).icl.distinct < 12
 
 
 # -- function vectors --------------------------------------------------------------
@@ -337,6 +368,12 @@ def test_optimisers_climb(name: str) -> None:
         assert asked.shape == (24, 20) and (asked >= 0).all() and (asked <= 1).all()
         made.tell(-((asked - target) ** 2).sum(1))
     assert ((made.current()[0] > 0.5) == (target > 0.5)).all()
+
+
+def test_equal_rewards_have_equal_ranks() -> None:
+    ranks = optimisers._ranked(np.array([2.0, 1.0, 2.0, 5.0]))
+    assert ranks[0] == ranks[2] and ranks[1] < ranks[0] < ranks[3]
+    assert abs(ranks.mean()) < 1e-12 and not optimisers._ranked(np.ones(4)).any()
 
 
 def test_training_keeps_within_its_evaluations_and_repeats_itself(ex: Extractor) -> None:

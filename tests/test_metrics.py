@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mia.errors import RangeError
-from mia.metrics import Accuracy, FirstToken, accuracy, exact_match, wilson
+from mia.metrics import Accuracy, FirstToken, accuracy, exact_match, pooled, wilson
 
 
 def test_first_token_reads_the_last_row() -> None:
@@ -30,6 +30,22 @@ def test_exact_match_ends_where_the_format_ends(text: str, end: str, right: bool
     assert exact_match(text, ["Rome", "Paris"], end) is right
 
 
+@pytest.mark.parametrize(
+    ("text", "end", "right"),
+    [
+        (" Washington, D.C., Peru ->", ", ", True),
+        (" Washington, D.C.", ", ", True),
+        (" Washington, Peru", ", ", False),
+        (" Washington, D.C. is, Peru", ", ", False),
+        (" Washington, D.C.\n\nQ:", "\n\n", True),
+        (" C#### next", " ### ", True),
+        (" C ### next", " ### ", False),
+    ],
+)
+def test_an_answer_may_contain_what_ends_answers(text: str, end: str, right: bool) -> None:
+    assert exact_match(text, ["Washington, D.C.", " C#"], end) is right
+
+
 @pytest.mark.parametrize(("k", "n"), [(83, 100), (1, 7), (0, 10), (10, 10)])
 def test_wilson_ends_are_where_the_share_is_just_not_rejected(k: int, n: int) -> None:
     """Both ends p solve |k/n - p| = z sqrt(p(1 - p) / n), which is the interval's definition."""
@@ -40,7 +56,10 @@ def test_wilson_ends_are_where_the_share_is_just_not_rejected(k: int, n: int) ->
 
 
 def test_accuracies_add_up() -> None:
-    a = accuracy([True, False, True]) + Accuracy(1, 1)
+    a = pooled([accuracy([True, False, True]), Accuracy(1, 1)], 4)
+    assert a.distinct is None
+    again = pooled([a, a], 4)  # the same queries: no narrower
+    assert (again.k, again.n, again.interval) == (6, 8, a.interval)
     assert (a.k, a.n, a.value) == (3, 4, 0.75)
     assert str(a) == "0.75 [0.30, 0.95]"
     assert a.as_dict()["correct"] == 3

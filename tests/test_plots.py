@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from mia import plots
+from mia.cli import _icl
 from mia.errors import FileError, UsageError
+from mia.metrics import Accuracy
 
 
 def _maps(n_layer: int, n_head: int, n: int) -> np.ndarray:
@@ -99,6 +101,130 @@ def test_curves_with_bands() -> None:
     assert len(fig.axes[0].lines) == 2 and len(fig.axes[0].collections) == 1
     with pytest.raises(UsageError, match=r"line 'a' has shape \(3,\), x has \(2,\)"):
         plots.curves([0, 1], {"a": [1, 2, 3]})
+
+
+@pytest.mark.parametrize(("n", "bands"), [(1, 1), (6, 6), (7, 0), (40, 0)])
+def test_many_curves_are_told_apart_and_the_legend_covers_nothing(n: int, bands: int) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    x, y = np.arange(30), np.linspace(0, 1, 30)
+    lines = [plots.Line(name=f"a_rather_long_task_{i}", x=x, y=y, band=(y, y)) for i in range(n)]
+    fig = plots.panels([plots.Panel(lines=lines, share=True)], title="t", x_label="layer")
+    _no_overlap(fig)
+    axes = fig.axes[0]
+    assert axes.get_ylim() == (0, 1) and len(axes.collections) == bands
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.lines}
+    assert len(looks) == n
+    ticks = [t for t in axes.get_xticks() if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+    assert len(ticks) > 3 and all(t == int(t) <= 29 for t in ticks)
+    assert len(fig.legends) == (n > 1)
+    if n > 1:
+        canvas = FigureCanvasAgg(fig)
+        canvas.draw()
+        box, around = fig.legends[0].get_window_extent(), axes.get_tightbbox()
+        assert not box.overlaps(around) and around.height > 0.5 * fig.dpi * 4
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= canvas.get_width_height()[0]
+        texts = [t.get_text() for t in fig.legends[0].get_texts() if t.get_text().strip()]
+        assert texts == [line.name for line in lines]
+
+
+def test_a_line_has_points_of_its_own_and_names_keep_their_colour() -> None:
+    a = plots.Line(name="_a$", x=[1, 2, 3], y=[1, 2, 3])
+    b = plots.Line(name="b", x=[2.5], y=[0.5])
+    fig = plots.panels([plots.Panel(lines=[a, b]), plots.Panel(lines=[b], share=True)])
+    top, bottom = fig.axes
+    assert top.lines[1].get_xdata().tolist() == [2.5]
+    assert top.lines[1].get_color() == bottom.lines[0].get_color() != top.lines[0].get_color()
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == [" _a\\$", "b"]
+    plots.panels([plots.Panel(lines=[plots.Line(name="a", x=[], y=[])])])
+
+
+def _drawn(monkeypatch, *args):  # type: ignore[no-untyped-def]
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda fig, path: figures.append(fig))
+    _icl.plot_curves("x.svg", *args)
+    return figures[0]
+
+
+def _texts(fig) -> list[str]:  # type: ignore[no-untyped-def]
+    return [t.get_text() for t in fig.legends[0].get_texts() if t.get_text().strip()]
+
+
+def test_accuracy_by_layer_of_a_task_names_it_and_has_its_levels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    curve = {0: Accuracy(0, 10), 1: Accuracy(5, 10), 2: Accuracy(10, 10)}
+    levels = {"with examples": {"a": 0.9}, "without examples": {"a": 0.1}}
+    fig = _drawn(monkeypatch, {"with the vector": {"a": curve}}, "by layer", levels)
+    axes = fig.axes[0]
+    assert axes.get_title(loc="left") == "a: by layer"
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0, 0.5, 1], [0.9] * 2, [0.1] * 2]
+    assert [line.get_linestyle() for line in axes.lines] == ["-", "--", ":"]
+    assert _texts(fig) == ["with the vector", "with examples", "without examples"]
+    four = {name: curve for name in "abcd"}
+    levels = {kind: dict.fromkeys(four, 0.5) for kind in levels}
+    fig = _drawn(monkeypatch, {"with the vector": four}, "by layer", levels)
+    assert len(fig.axes[0].lines) == 4 and _texts(fig) == list("abcd")
+    assert fig.axes[0].get_title(loc="left") == "by layer"
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 12])
+def test_two_curves_of_a_task_are_solid_and_dashed_or_in_two_panels(
+    monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    tasks = [f"t{i}" for i in range(n)]
+    kinds = {
+        kind: {t: {0: Accuracy(k, 9), 1: Accuracy(k, 9)} for t in tasks}
+        for kind, k in (("plain", 3), ("shuffled", 6))
+    }
+    fig = _drawn(monkeypatch, kinds, "by layer")
+    lines = [line for axes in fig.axes for line in axes.lines]
+    assert [line.get_ydata()[0] for line in lines] == [3 / 9] * n + [6 / 9] * n
+    colours = [line.get_color() for line in lines]
+    assert colours[:n] == colours[n:]
+    dashes = [line.get_linestyle() for line in lines]
+    if n <= 5:
+        assert len(fig.axes) == 1 and dashes == ["-"] * n + ["--"] * n
+        assert _texts(fig)[-1] == "shuffled"
+    else:
+        assert [a.get_ylabel() for a in fig.axes] == ["accuracy plain", "accuracy shuffled"]
+        assert dashes[:n] == dashes[n:] and _texts(fig) == tasks
+
+
+def test_a_clipped_heatmap_shows_what_one_strong_cell_would_hide() -> None:
+    a = np.tile([0.01, -0.01], (30, 4))
+    a[20, 5], a[3, 1], a[4, 2] = 0.25, -0.125, 0.02
+    fig = plots.heatmap(a, diverging=True, clipped=True, bar="effect")
+    _no_overlap(fig)
+    axes, bar = fig.axes
+    assert axes.images[0].get_clim() == (-0.02, 0.02)
+    assert bar.get_ylabel() == (
+        "effect\nframed: the 10 strongest; max 0.25 at 20.5; min -0.12 at 3.1"
+    )
+    framed = [tuple(p.get_xy()) for p in axes.patches]
+    assert framed[:3] == [(4.5, 19.5), (0.5, 2.5), (1.5, 3.5)] and len(framed) == 10
+    # nearly all are 0: the one that is not still has a colour
+    a = np.zeros((30, 9))
+    a[1, 2] = 0.5
+    fig = plots.heatmap(a, diverging=True, clipped=True)
+    assert fig.axes[0].images[0].get_clim() == (-0.5, 0.5) and len(fig.axes[0].patches) == 1
+    plots.heatmap(np.zeros((2, 2)), diverging=True, clipped=True)
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".pdf"])
+def test_the_same_curves_and_effects_give_the_same_file(tmp_path: Path, suffix: str) -> None:
+    def drawn() -> list[bytes]:
+        out = []
+        effects = np.arange(-50.0, 50).reshape(10, 10) ** 3
+        for fig in (
+            plots.curves([0, 1], {f"t{i}": [i, 2] for i in range(12)}, title="t"),
+            plots.heatmap(effects, diverging=True, clipped=True, bar="b"),
+        ):
+            plots.save(fig, tmp_path / f"a{suffix}")
+            out.append((tmp_path / f"a{suffix}").read_bytes())
+        return out
+
+    assert drawn() == drawn()
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def write_tiny(
     add_bos: bool = True,
     chat_template: str | None = None,
     qtype: str = "F32",
+    spm: bool = False,
 ) -> Path:
     """Write a tiny random model and return its path.
 
@@ -93,16 +94,20 @@ def write_tiny(
         qtype: type of the matrices, a name of `gguf.GGMLQuantizationType` that gguf-py can
             write ("F32", "F16", "Q8_0", "Q4_0", ...). Block types get wider models (n_embd
             64, n_ff 96), because their rows must be multiples of 32.
+        spm: a SentencePiece vocabulary that puts a space in front of a text, as Llama 2 has.
     """
     path = Path(path)
     kind = ARCHS[arch]
     quant = gguf.GGMLQuantizationType[qtype]
-    tokens, merges = _vocabulary()
+    tokens, merges = (_spm_vocabulary(), []) if spm else _vocabulary()
     dims = _dims(kind, n_layer, len(tokens), wide=gguf.GGML_QUANT_SIZES[quant][0] > 1)
 
     writer = gguf.GGUFWriter(path, arch)
     _add_hyperparameters(writer, kind, dims, window)
-    _add_tokenizer(writer, tokens, merges, add_bos, chat_template)
+    if spm:
+        _add_spm_tokenizer(writer, tokens)
+    else:
+        _add_tokenizer(writer, tokens, merges, add_bos, chat_template)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if qtype == "F32" else f"MOSTLY_{qtype}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     rng = np.random.default_rng(seed)
@@ -176,6 +181,32 @@ def _add_tokenizer(
     w.add_add_bos_token(add_bos)
     if chat_template is not None:
         w.add_chat_template(chat_template)
+
+
+def _spm_vocabulary() -> list[str]:
+    """Bytes, and every piece of a few words with and without a space in front."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁"]
+    for word in ("Q", "A", "(", "cat", "dog", "Paris", "France", "Rome", "Italy", ":", "\n", "▁"):
+        for form in (word, "▁" + word):
+            n = len(form)
+            tokens += [form[a:b] for a in range(n) for b in range(a + 1, n + 1)]
+    return list(dict.fromkeys(tokens))
+
+
+def _add_spm_tokenizer(w: gguf.GGUFWriter, tokens: list[str]) -> None:
+    kinds = gguf.TokenType
+    w.add_tokenizer_model("llama")
+    w.add_token_list(tokens)
+    w.add_token_types(
+        [kinds.UNKNOWN, *[kinds.CONTROL] * 2, *[kinds.BYTE] * 256]
+        + [kinds.NORMAL] * (len(tokens) - 259)
+    )
+    w.add_token_scores([0.0] * 259 + [float(len(t)) for t in tokens[259:]])
+    w.add_bos_token_id(1)
+    w.add_eos_token_id(2)
+    w.add_unk_token_id(0)
+    w.add_add_bos_token(True)
+    w.add_add_space_prefix(True)
 
 
 def _tensors(

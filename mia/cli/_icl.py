@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mia.cli._options import _option
+from mia.cli._options import OutputOptions, _option
+from mia.cli._output import notice, progress
 from mia.errors import UsageError
 
 if TYPE_CHECKING:
+    from mia import plots
     from mia.methods.extractor import Extractor
     from mia.metrics import Accuracy
     from mia.model import Model
-    from mia.tasks import Format
+    from mia.tasks import Format, Task
 
 TASK = "Task"
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
@@ -28,7 +31,7 @@ TasksArgument = Annotated[
     list[str], typer.Argument(help="Tasks (mia tasks), files of pairs, or all.")
 ]
 PlotOption = Annotated[
-    str | None, typer.Option("--plot", help="Draw it: a .png, .svg or .pdf (mia[plots]).")
+    str | None, typer.Option("--plot", help="Draw it: a .png, .svg or .pdf (mia\\[plots]).")
 ]
 MatchOption = Annotated[
     str,
@@ -92,25 +95,47 @@ def read_format(text: str) -> Format:
     return tasks.read_format(re.sub(r"\\([nt\\])", lambda m: _ESCAPES[m[1]], text))
 
 
-def extractor(m: Model, name: str, o: TaskOptions, *, shots: int = 5, seed: int = 0) -> Extractor:
-    """One task on the model; `seed` is added to the one asked for."""
+def extractor(
+    m: Model,
+    name: str,
+    o: TaskOptions,
+    output: OutputOptions,
+    *,
+    shots: int = 5,
+) -> Extractor:
+    """One task on the model, or what the model knows of it."""
     from mia import tasks
     from mia.methods.extractor import Extractor
 
-    def extract_from(task: tasks.Task) -> Extractor:
-        return Extractor(
-            m,
-            task,
-            fmt=read_format(o.format),
-            shots=shots if o.shots is None else o.shots,
-            bos=o.bos,
-            seed=o.seed + seed,
-            n_test=o.n_test,
-            n_dev=o.n_dev,
-        )
+    ex = Extractor(
+        m,
+        tasks.load(name),
+        fmt=read_format(o.format),
+        shots=shots if o.shots is None else o.shots,
+        bos=o.bos,
+        seed=o.seed,
+        n_test=o.n_test,
+        n_dev=o.n_dev,
+    )
+    if o.known:
+        with progress(f"what {m.name} knows of {ex.task.name}", output) as bar:
+            ex.progress = bar
+            ex = again(ex, o, task=ex.known())
+    return ex
 
-    ex = extract_from(tasks.load(name))
-    return extract_from(ex.known()) if o.known else ex
+
+def again(ex: Extractor, o: TaskOptions, *, task: Task | None = None, seed: int = 0) -> Extractor:
+    """The same with another task, or with a seed that many further on."""
+    return type(ex)(
+        ex.model,
+        task or ex.task,
+        fmt=ex.fmt,
+        shots=ex.shots,
+        bos=ex.bos,
+        seed=o.seed + seed,
+        n_test=o.n_test,
+        n_dev=o.n_dev,
+    )
 
 
 def task_names(names: Sequence[str]) -> list[str]:
@@ -153,6 +178,30 @@ def files(out: str, names: Sequence[str]) -> list[str]:
     return found
 
 
+def say_where_from(
+    facts: Mapping[str, str], ex: Extractor, path: str, method: str, output: OutputOptions
+) -> None:
+    """Notices about a saved vector that was made otherwise than what it is now tried on.
+
+    Raises `UsageError` where another method made it."""
+    made = facts.get("method", "")
+    if made and not made.startswith(method):
+        raise UsageError(f"{path} is no {method}; it is a {made.split(':')[0]}")
+    if (sha := facts.get("model_sha256")) and sha != ex.model.file_hash:
+        notice(f"{path} was made on another model, {facts.get('model', 'unknown')}", output)
+    if (task := facts.get("task")) and task != ex.task.name:
+        notice(f"{path} was made for the task {task}", output)
+        return
+    here = {k: v if isinstance(v, str) else json.dumps(v) for k, v in ex.facts.items()}
+    other = [k for k in ("seed", "pairs", "known_of") if facts.get(k, here.get(k)) != here.get(k)]
+    if other:
+        notice(
+            f"{path} was made with another {' and '.join(other)}: some of these test queries may have been among "
+            "its training ones; give the same --seed, --test, --dev and --known",
+            output,
+        )
+
+
 def check_plot(path: str | None) -> None:
     """Sees before any work that a picture can be drawn."""
     if path is not None:
@@ -161,25 +210,54 @@ def check_plot(path: str | None) -> None:
         plots.check_picture(path)
 
 
-def plot_curves(path: str, curves: Mapping[str, Mapping[int, Accuracy]], title: str) -> None:
-    """Accuracy by layer, with intervals."""
+def plot_curves(
+    path: str,
+    curves: Mapping[str, Mapping[str, Mapping[int, Accuracy]]],
+    title: str,
+    levels: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
+    """Accuracy by layer, with intervals.
+
+    Args:
+        curves: one or two kinds of curves, each of the same tasks: kind -> task -> layer -> share.
+        levels: kind -> task -> a share that has no layer, drawn for up to three tasks.
+    """
     from mia import plots
 
-    layers = sorted({i for c in curves.values() for i in c})
-    lines = {n: [c[i].value if i in c else float("nan") for i in layers] for n, c in curves.items()}
-    bands = {
-        n: tuple([c[i].interval[end] if i in c else float("nan") for i in layers] for end in (0, 1))
-        for n, c in curves.items()
-    }
-    figure = plots.curves(
-        layers,
-        lines,
-        intervals=bands,  # type: ignore[arg-type]
-        title=title,
-        x_label="layer",
-        y_label="accuracy",
-    )
-    plots.save(figure, path)
+    tasks = list(next(iter(curves.values())))
+    groups = [
+        [_line(task, curve, kind, dashes) for task, curve in found.items()]
+        for (kind, found), dashes in zip(curves.items(), ("", "dashed"), strict=False)
+    ]
+    if levels is not None and len(tasks) <= 3:
+        for (kind, found), dashes in zip(levels.items(), ("dashed", "dotted"), strict=False):
+            groups[0] += [
+                plots.Line(name=task, y=y, kind=kind, dashes=dashes) for task, y in found.items()
+            ]
+    if len(curves) > 1 and len(tasks) > 5:
+        # two curves of each task would cover each other
+        shown = [
+            plots.Panel(
+                lines=[replace(line, kind="", dashes="") for line in group],
+                y_label=f"accuracy {kind}",
+                share=True,
+            )
+            for group, kind in zip(groups, curves, strict=True)
+        ]
+    else:
+        lines = [line for group in groups for line in group]
+        shown = [plots.Panel(lines=lines, y_label="accuracy", share=True)]
+    title = f"{tasks[0]}: {title}" if len(tasks) == 1 else title
+    plots.save(plots.panels(shown, title=title, x_label="layer"), path)
+
+
+def _line(task: str, curve: Mapping[int, Accuracy], kind: str, dashes: str) -> plots.Line:
+    from mia import plots
+
+    x = sorted(curve)
+    low, high = ([curve[i].interval[end] for i in x] for end in (0, 1))
+    y = [curve[i].value for i in x]
+    return plots.Line(name=task, x=x, y=y, band=(low, high), kind=kind, dashes=dashes)
 
 
 def share(a: Mapping[str, Any] | None) -> str:
@@ -196,6 +274,20 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             for i, (c, w) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
+
+
+def print_layers(curves: Mapping[str, Mapping[str, Any]]) -> None:
+    """Accuracies of documents by layer, a row for each layer and a column for each curve."""
+    layers = sorted({int(i) for curve in curves.values() for i in curve})
+    if layers:
+        print()
+    cells = [
+        [f"{c[str(i)]['accuracy']:.2f}" if str(i) in c else "-" for c in curves.values()]
+        for i in layers
+    ]
+    rows = [[str(i), *row] for i, row in zip(layers, cells, strict=True)]
+    if rows:
+        print_table(["layer", *curves], rows)
 
 
 def rows_mean(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from mia.errors import UsageError
 if TYPE_CHECKING:
     from mia.methods.extractor import Extractor
     from mia.methods.function_vectors import Evaluation, FunctionVector
+    from mia.tasks import Composition
 
 PromptsOption = Annotated[
     int, typer.Option("--prompts", help="Prompts that mean head outputs are over.", min=1)
@@ -28,7 +29,8 @@ HeadsOption = Annotated[
     typer.Option("--heads", help="How many heads to sum; default: the best on dev of 10,20,40."),
 ]
 CoeffOption = Annotated[
-    str, typer.Option("--coeff", help="How many times it is added; of several the best on dev.")
+    str | None,
+    typer.Option("--coeff", help="How many times it is added (1); of several the best on dev."),
 ]
 
 
@@ -48,11 +50,13 @@ def extract(
     prompts: PromptsOption = 100,
     effect_prompts: EffectsOption = 25,
     heads: HeadsOption = None,
-    coeff: CoeffOption = "1",
+    coeff: CoeffOption = None,
     top_k: Annotated[int, typer.Option("-k", "--top-k", help="Decoded tokens to show.", min=1)] = 8,
     plot: Annotated[
         str | None,
-        typer.Option("--plot", help="Draw the heads' effects: a .png, .svg or .pdf (mia[plots])."),
+        typer.Option(
+            "--plot", help="Draw the heads' effects: a .png, .svg or .pdf (mia\\[plots])."
+        ),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -70,7 +74,7 @@ def extract(
     rows: list[dict[str, Any]] = []
     with _work.open_model(model) as m:
         counts, coeffs = _choices(heads, coeff, m.n_layer * m.n_head)
-        exs = [_icl.extractor(m, name, task, shots=10) for name in names]
+        exs = [_icl.extractor(m, name, task, output, shots=10) for name in names]
         found = []
         for ex in exs:
             with progress(f"heads of {ex.task.name}", output) as bar:
@@ -104,12 +108,12 @@ def extract(
     finish(document, output, human)
 
 
-def _choices(heads: str | None, coeff: str, n_heads: int) -> tuple[list[int], list[float]]:
+def _choices(heads: str | None, coeff: str | None, n_heads: int) -> tuple[list[int], list[float]]:
     from mia.cli import _vectors
     from mia.methods.function_vectors import HEAD_COUNTS
 
     counts = list(HEAD_COUNTS) if heads is None else _icl.numbers(heads, "--heads", n_heads)
-    return counts, _vectors.numbers(coeff, "--coeff")
+    return counts, _vectors.numbers(coeff or "1", "--coeff")
 
 
 def _facts(ex: Extractor, made: FunctionVector, k: int) -> dict[str, Any]:
@@ -138,13 +142,17 @@ def _print_decoded(decoded: dict[str, list[dict[str, Any]]]) -> None:
 def _plot_effects(path: str, effects: Any, names: list[str]) -> None:
     from mia import plots
 
-    title = f"average indirect effect: {', '.join(names)}"
-    plots.save(
-        plots.heatmap(
-            effects, title=title, x="head", y="layer", bar="change of p(answer)", diverging=True
-        ),
-        path,
+    of = ", ".join(names) if len(names) <= 3 else f"mean of {len(names)} tasks"
+    figure = plots.heatmap(
+        effects,
+        title=f"average indirect effect: {of}",
+        x="head",
+        y="layer",
+        bar="change of p(answer)",
+        diverging=True,
+        clipped=True,
     )
+    plots.save(figure, path)
 
 
 def evaluate(
@@ -159,12 +167,12 @@ def evaluate(
         ),
     ] = None,
     layer: Annotated[
-        int | None, typer.Option("--layer", help="Where to add a saved vector; default: its own.")
+        int | None, typer.Option("--layer", help="Add it there; default: its own, or dev's best.")
     ] = None,
     prompts: PromptsOption = 100,
     effect_prompts: EffectsOption = 25,
     heads: HeadsOption = None,
-    coeff: CoeffOption = "1",
+    coeff: CoeffOption = None,
     by_layer: Annotated[
         bool, typer.Option("--by-layer", help="Added at every layer on the test part too.")
     ] = False,
@@ -173,51 +181,62 @@ def evaluate(
     """The table: without examples and after shuffled ones, each with and without the vector."""
     _icl.check_plot(plot)
     names = _icl.task_names(tasks)
+    if vector is not None and heads is not None:
+        raise UsageError("--heads chooses the heads of a new vector; it does not go with --vector")
     rows: list[dict[str, Any]] = []
-    curves: dict[str, Any] = {}
+    curves: dict[str, Any] = {"without examples": {}, "after shuffled examples": {}}
     with _work.open_model(model) as m:
         counts, coeffs = _choices(heads, coeff, m.n_layer * m.n_head)
+        if vector is not None and len(coeffs) > 1:
+            raise UsageError("a saved vector takes one --coeff")
         if layer is not None and not 0 <= layer < m.n_layer:
             raise UsageError(f"--layer {layer} is out of range; {m.name} has 0 to {m.n_layer - 1}")
         for name in names:
-            ex = _icl.extractor(m, name, task, shots=10)
+            ex = _icl.extractor(m, name, task, output, shots=10)
             with progress(ex.task.name, output) as bar:
                 ex.progress = bar
                 if vector is not None:
-                    made = _loaded(ex, vector.replace("{name}", ex.task.name), layer)
+                    at, v, c = _loaded(ex, vector.replace("{name}", ex.task.name), output)
+                    made = v, at if layer is None else layer, c if coeff is None else coeffs[0]
                 else:
-                    made = _extracted(ex, prompts, effect_prompts, counts, coeffs)
+                    made = _extracted(
+                        ex,
+                        prompts=prompts,
+                        effect_prompts=effect_prompts,
+                        counts=counts,
+                        coeffs=coeffs,
+                        layers=None if layer is None else [layer],
+                    )
                 e = _evaluated(ex, *made, by_layer=by_layer or plot is not None)
             rows.append(_as_row(ex, made[1], made[2], e))
-            curves[ex.task.name] = {i: a for i, (a, _) in e.by_layer.items()}
+            for which, curve in enumerate(curves.values()):
+                curve[ex.task.name] = {i: pair[which] for i, pair in e.by_layer.items()}
         columns = ("zero_shot", "icl", "wrong", "zero_shot_vector", "wrong_vector")
         mean = _icl.rows_mean(rows, columns)
         document = {"model": model_facts(m), "rows": rows, "mean": mean}
     if plot is not None:
-        _icl.plot_curves(plot, curves, "function vector added without examples, by layer")
+        _icl.plot_curves(plot, curves, "function vector added, by layer")
         notice(f"wrote {plot}", output)
     finish(document, output, lambda: _print_rows(rows, mean))
 
 
-def _loaded(ex: Extractor, path: str, layer: int | None) -> tuple[Any, int, float]:
+def _loaded(ex: Extractor, path: str, output: OutputOptions) -> tuple[int, Any, float]:
+    """Layer, vector and coefficient of a file."""
     from mia import vectors
 
     v = vectors.load(path)
     v.check(ex.model.n_layer, ex.model.n_embd, path)
+    _icl.say_where_from(v.metadata, ex, path, "function vector", output)
     if len(v.layers) != 1:
         raise UsageError(f"{path} has {len(v.layers)} layers; a function vector has one")
     at = v.layers[0]
-    return v[at], at if layer is None else layer, float(v.metadata.get("coeff", "1"))
+    return at, v[at], float(v.metadata.get("coeff", "1"))
 
 
-def _extracted(
-    ex: Extractor, prompts: int, effect_prompts: int, counts: list[int], coeffs: list[float]
-) -> tuple[Any, int, float]:
+def _extracted(ex: Extractor, **how: Any) -> tuple[Any, int, float]:
     from mia.methods import function_vectors as fv
 
-    made = fv.extract(
-        ex, prompts=prompts, effect_prompts=effect_prompts, counts=counts, coeffs=coeffs
-    )
+    made = fv.extract(ex, **how)
     return made.vector, made.layer, made.coeff
 
 
@@ -231,6 +250,8 @@ def _as_row(ex: Extractor, layer: int, coeff: float, e: Evaluation) -> dict[str,
     row: dict[str, Any] = {"family": ex.task.family, "layer": layer, "coeff": coeff, **ex.facts}
     for name in ("zero_shot", "icl", "wrong", "zero_shot_vector", "wrong_vector"):
         row[name] = getattr(e, name).as_dict()
+    given = e.vector_given_icl
+    row["vector_given_icl"] = None if given is None else given.as_dict()
     if e.by_layer:
         row["by_layer"] = {
             str(i): {"zero_shot_vector": a.as_dict(), "wrong_vector": b.as_dict()}
@@ -240,15 +261,36 @@ def _as_row(ex: Extractor, layer: int, coeff: float, e: Evaluation) -> dict[str,
 
 
 def _print_rows(rows: list[dict[str, Any]], mean: dict[str, float]) -> None:
-    columns = ("icl", "zero_shot", "zero_shot_vector", "wrong", "wrong_vector")
+    columns = ("icl", "zero_shot", "zero_shot_vector", "vector_given_icl", "wrong", "wrong_vector")
     table = [
         [r["task"], str(r["layer"]), str(r["icl"]["n"]), *(_icl.share(r[c]) for c in columns)]
         for r in rows
     ]
     if len(rows) > 1:
-        table.append(["mean", "", "", *(f"{mean[c]:.2f}" for c in columns)])
-    titles = ("task", "layer", "n", "in-context", "zero-shot", "+ vector", "shuffled", "+ vector")
-    _icl.print_table(titles, table)
+        cells = [f"{mean[c]:.2f}" if c in mean else "" for c in columns]
+        table.append(["mean", "", "", *cells])
+    titles = ("task", "layer", "n", "in-context", "zero-shot", "+ vector", "where ICL is right")
+    _icl.print_table((*titles, "shuffled", "+ vector"), table)
+    _icl.print_layers(
+        {
+            f"{r['task']}{after}": {i: a[kind] for i, a in r.get("by_layer", {}).items()}
+            for r in rows
+            for after, kind in (("", "zero_shot_vector"), (", shuffled", "wrong_vector"))
+        }
+    )
+
+
+def _composition(name: str) -> Composition:
+    """One of mia's, or four tasks with commas between. Raises `UsageError`."""
+    from mia import tasks as library
+
+    parts = name.split(",")
+    if len(parts) == 1:
+        return library.composition(name)
+    if len(parts) != 4:
+        raise UsageError(f"{name!r} is no composition: AC,BC,BD,AD are four tasks")
+    _icl.task_names(parts)
+    return library.Composition(parts[3], *parts)
 
 
 def compose(
@@ -257,23 +299,31 @@ def compose(
     output: OutputOptions,
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Compositions (mia tasks --json lists them); default: all."),
+        typer.Argument(
+            help="Compositions (mia tasks lists them), or AC,BC,BD,AD: four tasks of your own; "
+            "default: all that come with mia."
+        ),
     ] = None,
     prompts: PromptsOption = 100,
     effect_prompts: EffectsOption = 25,
-    n_heads: Annotated[int, typer.Option("--heads", help="How many heads to sum.", min=1)] = 40,
+    heads: Annotated[
+        int | None, typer.Option("--heads", help="How many heads to sum; default 40.", min=1)
+    ] = None,
     top_k: Annotated[int, typer.Option("-k", "--top-k", help="Decoded tokens to show.", min=1)] = 5,
 ) -> None:
     """v(AD) = v(BD) - v(BC) + v(AC): does the composed vector do the composed task?"""
     from mia import tasks as library
     from mia.methods import function_vectors as fv
 
-    wanted = [library.composition(n) for n in names] if names else library.compositions()
+    wanted = [_composition(n) for n in names] if names else library.compositions()
     rows = []
     with _work.open_model(model) as m:
+        n_heads = min(40, m.n_layer * m.n_head) if heads is None else heads
+        if n_heads > m.n_layer * m.n_head:
+            raise UsageError(f"--heads {n_heads}: {m.name} has {m.n_layer * m.n_head} heads")
         known: dict[str, Any] = {}
         for c in wanted:
-            exs = [_icl.extractor(m, t, task, shots=10) for t in (c.ac, c.bc, c.bd, c.ad)]
+            exs = [_icl.extractor(m, t, task, output, shots=10) for t in (c.ac, c.bc, c.bd, c.ad)]
             for ex in exs:
                 if ex.task.name not in known:
                     with progress(f"heads of {ex.task.name}", output) as bar:

@@ -247,7 +247,7 @@ def ablate(
         plots.check_picture(draw)
     with _work.open_model(model) as m:
         ids = _work.prompt_tokens(m, prompt)
-        wanted = m.tokenize(answer, bos=False)
+        wanted = m.continuation(m.piece(ids[-1]), answer)
         if not wanted:
             raise UsageError("the answer is empty")
         whole = [*ids, *wanted[:-1]]

@@ -12,6 +12,7 @@ from mia.cli._icl import MatchOption, TaskArgument, TaskOptions
 from mia.cli._options import ModelOptions, OutputOptions, command
 from mia.cli._output import finish, model_facts, notice, progress
 from mia.cli.vector import FileOption, JsonOption, QuietOption
+from mia.errors import UsageError
 
 if TYPE_CHECKING:
     from mia.methods.soft_vectors import Evaluation, SoftVector
@@ -32,7 +33,7 @@ def train(
     name: TaskArgument,
     out: FileOption,
     optimiser: Annotated[
-        str, typer.Option("--optimiser", help="reinforce (hard gates), es, or cma (mia[soft]).")
+        str, typer.Option("--optimiser", help="reinforce (hard gates), es, or cma (mia\\[soft]).")
     ] = "reinforce",
     evaluations: Annotated[
         int, typer.Option("--evaluations", help="Candidates times minibatches, at most.", min=1)
@@ -45,18 +46,19 @@ def train(
     ] = 16,
     patience: Annotated[
         int, typer.Option("--patience", help="Tries on dev without a better one, then stop.", min=1)
-    ] = 6,
+    ] = 5,
     prompts: Annotated[
         int, typer.Option("--prompts", help="Prompts that mean head outputs are over.", min=1)
     ] = 100,
     start: Annotated[
         float | None,
         typer.Option(
-            "--start", help="Weight that every head begins with; default: by layer, tried."
+            "--start",
+            help="Weight that every head begins with; default: the best run of layers, tried.",
         ),
     ] = None,
     plot: Annotated[
-        str | None, typer.Option("--plot", help="Draw the learning curve (mia[plots]).")
+        str | None, typer.Option("--plot", help="Draw the learning curve (mia\\[plots]).")
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -67,13 +69,13 @@ def train(
 
     output = OutputOptions(json=json, quiet=quiet)
     _icl.check_plot(plot)
-    _icl.files(out, [name])
+    (out,) = _icl.files(out, [name])
     tasks.load(name)
     how = sv.Training(
         optimiser, evaluations, population, batch, patience=patience, prompts=prompts, start=start
     )
     with _work.open_model(model) as m:
-        ex = _icl.extractor(m, name, task)
+        ex = _icl.extractor(m, name, task, output)
         with progress(f"training {ex.task.name}", output) as bar:
             done = sv.train(ex, how, progress=bar)
         done.soft.save(out)
@@ -106,23 +108,28 @@ def train(
 
 
 def _plot_curve(path: str, curve: Any, name: str) -> None:
+    """Dev is tried only every few steps: its line has points of its own."""
     from mia import plots
 
-    nan = float("nan")
-    lines = {
-        "mean reward of the candidates": [s.reward for s in curve],
-        "log-probability on dev": [nan if s.dev_logprob is None else s.dev_logprob for s in curve],
-    }
-    plots.save(
-        plots.curves(
-            [s.evaluations for s in curve],
-            lines,
-            title=f"soft vector: {name}",
-            x_label="candidate evaluations",
-            y_label="log-probability of the answer",
+    tried = [s for s in curve if s.dev is not None]
+    spent = [s.evaluations for s in tried]
+    logprob = [
+        plots.Line(
+            name="training: mean of the candidates",
+            x=[s.evaluations for s in curve],
+            y=[s.reward for s in curve],
         ),
-        path,
+    ]
+    shown = [plots.Panel(lines=logprob, y_label="log-probability of the answer")]
+    if tried:  # a short training ends before the first
+        dev = "dev: the current weights"
+        logprob.append(plots.Line(name=dev, x=spent, y=[s.dev_logprob for s in tried]))
+        right = [plots.Line(name=dev, x=spent, y=[s.dev for s in tried])]
+        shown.append(plots.Panel(lines=right, y_label="dev accuracy", share=True))
+    figure = plots.panels(
+        shown, title=f"soft vector, learning curve: {name}", x_label="candidate evaluations"
     )
+    plots.save(figure, path)
 
 
 def evaluate(
@@ -134,7 +141,9 @@ def evaluate(
     sparse: Annotated[
         bool, typer.Option("--sparse", help="Also with the fewest heads that keep --keep of dev.")
     ] = False,
-    keep: Annotated[float, typer.Option("--keep", help="Share of the accuracy to keep.")] = 0.95,
+    keep: Annotated[
+        float | None, typer.Option("--keep", help="Share of the accuracy to keep; default 0.95.")
+    ] = None,
     sparse_out: Annotated[
         str | None, typer.Option("--sparse-out", help="Save the sparse one.")
     ] = None,
@@ -147,17 +156,20 @@ def evaluate(
     from mia.methods import soft_vectors as sv
     from mia.methods import task_vectors as tv
 
+    if keep is not None and not (sparse or sparse_out):
+        raise UsageError("--keep is for --sparse or --sparse-out")
     if sparse_out is not None:
-        _icl.files(sparse_out, [name])
+        (sparse_out,) = _icl.files(sparse_out, [name])
     soft = sv.load(file)
     with _work.open_model(model) as m:
         sv.check(soft, m)
-        ex = _icl.extractor(m, name, task)
+        ex = _icl.extractor(m, name, task, output)
+        _icl.say_where_from(soft.metadata, ex, file, "soft vector", output)
         with progress(f"evaluating {ex.task.name}", output) as bar:
             ex.progress = bar
             rows = [_row("soft vector", soft, sv.evaluate(ex, soft, match=match))]
             if sparse or sparse_out is not None:
-                few = sv.sparsify(ex, soft, keep=keep)
+                few = sv.sparsify(ex, soft, keep=0.95 if keep is None else keep)
                 rows.append(_row("sparse", few, sv.evaluate(ex, few, match=match)))
                 if sparse_out is not None:
                     few.save(sparse_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,7 +54,7 @@ def extract(
     rows: list[dict[str, Any]] = []
     with _work.open_model(model) as m:
         for name, file in zip(names, files, strict=True):
-            ex = _icl.extractor(m, name, task)
+            ex = _icl.extractor(m, name, task, output)
             theta = _extracted(ex, sets, dummies, output)
             theta.vector.save(file)
             notice(f"wrote {file}", output)
@@ -79,12 +80,19 @@ def extract(
     finish(document, output, human)
 
 
-def _extracted(ex: Extractor, sets: int, dummies: int, output: OutputOptions) -> TaskVector:
+def _extracted(
+    ex: Extractor,
+    sets: int,
+    dummies: int,
+    output: OutputOptions,
+    *,
+    layers: Sequence[int] | None = None,
+) -> TaskVector:
     from mia.methods import task_vectors
 
     with progress(f"vector of {ex.task.name}", output) as bar:
         ex.progress = bar
-        theta = task_vectors.extract(ex, sets=sets, dummies=dummies)
+        theta = task_vectors.extract(ex, sets=sets, dummies=dummies, layers=layers)
     ex.progress = None
     return theta
 
@@ -101,7 +109,10 @@ def evaluate(
         ),
     ] = None,
     layer: Annotated[
-        int | None, typer.Option("--layer", help="Of the saved vector; default: its own.")
+        int | None,
+        typer.Option(
+            "--layer", help="Put it there; default: a saved vector's own, else dev's best."
+        ),
     ] = None,
     sets: SetsOption = 16,
     dummies: DummiesOption = 8,
@@ -147,7 +158,15 @@ def evaluate(
             "mean": _icl.rows_mean(rows, ("zero_shot", "icl", "vector")),
         }
     if plot is not None:
-        _icl.plot_curves(plot, curves, "task vector in place of the examples, by layer")
+        _icl.plot_curves(
+            plot,
+            {"with the task vector": curves},
+            "task vector in place of the examples, by layer",
+            {
+                "with examples": {r["task"]: r["icl"]["accuracy"] for r in rows},
+                "without examples": {r["task"]: r["zero_shot"]["accuracy"] for r in rows},
+            },
+        )
         notice(f"wrote {plot}", output)
     finish(document, output, lambda: _print_rows(document))
 
@@ -169,22 +188,23 @@ def _row(
 
     file, layer, sets, dummies = source
     found, layers = [], []
+    fixed = None if layer is None else [layer]
+    first = _icl.extractor(m, name, task, output)
     for repeat in range(repeats):
-        ex = _icl.extractor(m, name, task, seed=repeat)
+        ex = _icl.again(first, task, seed=repeat) if repeat else first
         if file is not None:
             path = file.replace("{name}", ex.task.name)
             loaded = vectors.load(path)
             loaded.check(m.n_layer, m.n_embd, path)
+            _icl.say_where_from(loaded.metadata, ex, path, "task vector", output)
             theta = tv.load(loaded, layer)
         else:
-            theta = _extracted(ex, sets, dummies, output)
+            theta = _extracted(ex, sets, dummies, output, layers=fixed)
         with progress(f"evaluating {ex.task.name}", output) as bar:
             ex.progress = bar
             found.append(tv.evaluate(ex, theta, by_layer=by_layer, match=match))
         layers.append(theta.layer)
-    pooled = found[0]
-    for e in found[1:]:
-        pooled = pooled + e
+    pooled = tv.pool(found)
     row = {**tv.as_row(ex, pooled), **ex.facts, "seed": task.seed, "repeats": repeats}
     row["layers"] = layers
     return row, pooled.by_layer
@@ -215,6 +235,7 @@ def _print_rows(document: dict[str, Any]) -> None:
             ["mean", "", "", *(f"{mean[c]:.2f}" for c in ("zero_shot", "icl", "vector")), ""]
         )
     _icl.print_table(titles, table)
+    _icl.print_layers({r["task"]: r.get("by_layer", {}) for r in document["rows"]})
 
 
 def conflict(
@@ -227,19 +248,19 @@ def conflict(
     dummies: DummiesOption = 8,
 ) -> None:
     """Examples of one task, vector of another, on inputs that both have: which one wins?"""
-    from mia import tasks as library
     from mia.methods import task_vectors as tv
 
-    other = library.load(put)
+    _icl.task_names([shown, put])
     with _work.open_model(model) as m:
-        ex = _icl.extractor(m, shown, task)
-        theta = _extracted(_icl.extractor(m, put, task), sets, dummies, output)
-        c = tv.conflict(ex, theta, other.pairs)
+        ex = _icl.extractor(m, shown, task, output)
+        source = _icl.extractor(m, put, task, output)
+        theta = _extracted(source, sets, dummies, output)
+        c = tv.conflict(ex, theta, source)
         document = {
             "model": model_facts(m),
             **ex.facts,
             "examples": ex.task.name,
-            "vector": other.name,
+            "vector": source.task.name,
             "layer": theta.layer,
             "with_vector": {"examples": c.shown.as_dict(), "vector": c.put.as_dict()},
             "without": {"examples": c.shown_plain.as_dict(), "vector": c.put_plain.as_dict()},
@@ -249,13 +270,13 @@ def conflict(
         titles = (
             f"answers of (n = {c.shown.n})",
             "examples alone",
-            f"with the vector of {other.name}",
+            f"with the vector of {source.task.name}",
         )
         _icl.print_table(
             titles,
             [
                 [f"{ex.task.name} (examples)", str(c.shown_plain), str(c.shown)],
-                [f"{other.name} (vector)", str(c.put_plain), str(c.put)],
+                [f"{source.task.name} (vector)", str(c.put_plain), str(c.put)],
             ],
         )
 

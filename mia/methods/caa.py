@@ -137,7 +137,7 @@ def prompt(model: Model, item: Item, *, bos: bool | None = None, by_text: bool =
         n_user -= 1
     if by_text:
         return Prompt(tokens, n_user, by_letter=False)
-    return Prompt([*tokens, *model.tokenize("(", bos=False)], n_user)
+    return Prompt([*tokens, *model.continuation(text, "(")], n_user)
 
 
 def choices(item: Item) -> tuple[str, str, str]:
@@ -159,8 +159,9 @@ def choices(item: Item) -> tuple[str, str, str]:
 
 def answer_tokens(model: Model, begun: Sequence[int], answer: str) -> list[int]:
     """An answer after "A:" begins with a space, after a template's line end it does not."""
-    glue = "" if model.piece(begun[-1]).endswith(("\n", " ")) else " "
-    return model.tokenize(glue + answer.strip(), bos=False)
+    before = model.piece(begun[-1])
+    glue = "" if before.endswith(("\n", " ")) else " "
+    return model.continuation(before, glue + answer.strip())
 
 
 def _answers(

@@ -193,12 +193,15 @@ class Extractor:
     def _first_tokens(self, pair: Pair) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What to add to the prompt, and the tokens that may follow. Where the space in front of an
         answer is a token of its own, as before digits, it says nothing: it goes to the prompt."""
-        ids = [self.model.tokenize(self.fmt.answer(o), bos=False) for o in pair.outputs]
+        ids = [self._answer_ids(pair, o) for o in pair.outputs]
         lead: tuple[int, ...] = ()
         shared = all(len(x) > 1 and x[0] == ids[0][0] for x in ids)
         if shared and not self.model.piece(ids[0][0]).strip():
             lead, ids = (ids[0][0],), [x[1:] for x in ids]
         return lead, tuple(dict.fromkeys(x[0] for x in ids if x))
+
+    def _answer_ids(self, pair: Pair, output: str) -> list[int]:
+        return self.model.continuation(self.fmt.query(pair.input), self.fmt.answer(output))
 
     def _training_queries(self, n: int, what: str) -> list[Pair]:
         """n of the training part; each as often as any other, give or take one."""
@@ -287,9 +290,7 @@ class Extractor:
         """What the model says, greedily, for as long as the longest right answer and two tokens."""
         requests = []
         for p in prompts:
-            n = max(
-                len(self.model.tokenize(self.fmt.answer(o), bos=False)) for o in p.query.outputs
-            )
+            n = max(len(self._answer_ids(p.query, o)) for o in p.query.outputs)
             requests.append(Request(p.tokens, edits, logits=None, n_predict=n + 2))
         results = self.model.run(requests, progress=self.progress)
         return [self.model.text(r.tokens) for r in results]

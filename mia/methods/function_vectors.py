@@ -2,7 +2,7 @@
 
 | paper                       | here                                                            |
 |-----------------------------|-----------------------------------------------------------------|
-| P_t, prompts of task t      | `Extractor.dummies(n)`, ten shots                                |
+| P_t, prompts of task t      | `Extractor.dummies(n)`, ten shots; those answered right count    |
 | a_lj(p)                     | `head_out.l`, head j, at the last token (before W_O)             |
 | ā_lj^t, eq. 3               | `FunctionVector.means`, (n_layer, n_head, head_dim)              |
 | p̃, shuffled outputs         | `few_shot(…, wrong=True)`                                        |
@@ -34,9 +34,9 @@ import numpy.typing as npt
 from mia.captures import provenance
 from mia.edits import Edit
 from mia.errors import RangeError
-from mia.methods.extractor import Extractor
+from mia.methods.extractor import Extractor, mean_of_right
 from mia.methods.task_vectors import best_of
-from mia.metrics import Accuracy
+from mia.metrics import Accuracy, accuracy
 from mia.sites import Site
 from mia.vectors import Vector
 
@@ -92,9 +92,14 @@ def head_statistics(
     if prompts < 1 or effect_prompts < 1:
         raise RangeError(f"{prompts} and {effect_prompts} prompts are not possible; at least 1")
     m = ex.model
-    means = ex.means("head_out", ex.dummies(prompts))  # (n_layer, n_head * head_dim)
-    wrong = ex.dummies(effect_prompts, wrong=True, what="effects")
-    effects = ex.effects(wrong, means)
+    shown = ex.dummies(prompts)
+    rows, right = ex.rows("head_out", shown)
+    means = mean_of_right(rows, right)  # (n_layer, n_head * head_dim)
+    # effects too are of queries that the model knows, as many as there are
+    known = dict.fromkeys(p.query for p, ok in zip(shown, right, strict=True) if ok)
+    queries = list(known) or [p.query for p in shown]
+    asked = [queries[i % len(queries)] for i in range(effect_prompts)]
+    effects = ex.effects(ex.few_shot(asked, wrong=True, what="effects"), means)
     return means.reshape(m.n_layer, m.n_head, -1), effects
 
 
@@ -179,6 +184,8 @@ class Evaluation:
     """Accuracy on the test part: `wrong` are prompts whose examples have shuffled outputs.
 
     Attributes:
+        vector_given_icl: without examples, with the vector, of the queries that are answered right
+            with examples, which are all that Todd et al. count; None where there are none.
         by_layer: layer -> (without examples, with shuffled ones), with the vector.
     """
 
@@ -186,6 +193,7 @@ class Evaluation:
     icl: Accuracy
     wrong: Accuracy
     zero_shot_vector: Accuracy
+    vector_given_icl: Accuracy | None
     wrong_vector: Accuracy
     by_layer: dict[int, tuple[Accuracy, Accuracy]]
 
@@ -197,13 +205,16 @@ def evaluate(
     variants = [[], *(add_edits(v, i, coeff) for i in layers)]
     zero = ex.scores(ex.zero_shot(ex.test), variants)
     wrong = ex.scores(ex.few_shot(ex.test, wrong=True), variants)
+    icl = ex.scores(ex.few_shot(ex.test)).correct[0]
     at = layers.index(layer) + 1
+    given = zero.correct[at][icl]
     curve = {i: (zero.accuracy(n + 1), wrong.accuracy(n + 1)) for n, i in enumerate(layers)}
     return Evaluation(
         zero.accuracy(),
-        ex.accuracy(ex.few_shot(ex.test)),
+        accuracy(icl),
         wrong.accuracy(),
         zero.accuracy(at),
+        accuracy(given) if len(given) else None,
         wrong.accuracy(at),
         curve if by_layer else {},
     )

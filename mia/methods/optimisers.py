@@ -147,6 +147,7 @@ def _logit(p: Floats) -> Floats:
 
 def _ranked(rewards: Floats) -> Floats:
     """Rewards as centred ranks of unit variance: what one lucky minibatch pays does not matter."""
-    ranks = np.argsort(np.argsort(rewards)).astype(np.float64)
+    _, which, counts = np.unique(rewards, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts + 1) / 2)[which]  # those that are equal share theirs
     ranks -= ranks.mean()
     return ranks / (ranks.std() or 1.0)

@@ -31,9 +31,9 @@ from mia.captures import provenance
 from mia.edits import Edit
 from mia.errors import RangeError, UsageError
 from mia.methods.extractor import Extractor, IclPrompt, mean_of_right
-from mia.metrics import Accuracy, accuracy
+from mia.metrics import Accuracy, accuracy, pooled
 from mia.sites import Site
-from mia.tasks import Pair, draw
+from mia.tasks import draw
 from mia.vectors import Vector
 
 Array = npt.NDArray[np.float32]
@@ -77,6 +77,7 @@ class Evaluation:
         vector_given_icl: with the vector, of the queries that are answered right with
             examples (Todd et al. 2023 count so); None where there are none.
         by_layer: with the vector of each layer, where that was asked for.
+        asked, known: inputs of the test part, and those answered right with examples.
     """
 
     zero_shot: Accuracy
@@ -85,18 +86,29 @@ class Evaluation:
     vector_given_icl: Accuracy | None
     layer: int
     by_layer: dict[int, Accuracy]
+    asked: frozenset[str]
+    known: frozenset[str]
 
-    def __add__(self, other: Evaluation) -> Evaluation:
-        """Both test parts as one; `layer` is the first's."""
-        given = [a for a in (self.vector_given_icl, other.vector_given_icl) if a is not None]
-        return Evaluation(
-            self.zero_shot + other.zero_shot,
-            self.icl + other.icl,
-            self.vector + other.vector,
-            given[0] + given[1] if len(given) == 2 else (given[0] if given else None),
-            self.layer,
-            {i: a + other.by_layer[i] for i, a in self.by_layer.items() if i in other.by_layer},
-        )
+
+def pool(found: Sequence[Evaluation]) -> Evaluation:
+    """Several test parts as one; `layer` is the first's. Their queries may overlap."""
+    asked = frozenset().union(*(e.asked for e in found))
+    known = frozenset().union(*(e.known for e in found))
+    given = [e.vector_given_icl for e in found if e.vector_given_icl is not None]
+    return Evaluation(
+        pooled([e.zero_shot for e in found], len(asked)),
+        pooled([e.icl for e in found], len(asked)),
+        pooled([e.vector for e in found], len(asked)),
+        pooled(given, len(known)) if given else None,
+        found[0].layer,
+        {
+            i: pooled([e.by_layer[i] for e in found], len(asked))
+            for i in found[0].by_layer
+            if all(i in e.by_layer for e in found)
+        },
+        asked,
+        known,
+    )
 
 
 def extract(
@@ -226,6 +238,8 @@ def evaluate(
         accuracy(given) if len(given) else None,
         theta.layer,
         {i: accuracy(c) for i, c in found.items()} if by_layer else {},
+        frozenset(q.input for q in ex.test),
+        frozenset(q.input for q, ok in zip(ex.test, icl, strict=True) if ok),
     )
 
 
@@ -247,16 +261,17 @@ class Conflict:
     put_plain: Accuracy
 
 
-def conflict(ex: Extractor, theta: TaskVector, other: Sequence[Pair]) -> Conflict:
+def conflict(ex: Extractor, theta: TaskVector, other: Extractor) -> Conflict:
     """Puts another task's θ into prompts with this task's examples.
 
     Args:
-        other: pairs of θ's task; asked about are the inputs that both tasks have, outside of
-            this task's training part.
+        other: what θ was extracted with; asked about are the inputs that both tasks have, outside
+            of this task's training part and of all that θ was made or chosen with.
 
     Raises `UsageError` where the tasks share no such input, or nothing but answers that
     begin alike."""
-    answers = {p.input: p for p in other}
+    used = {p.input for p in (*other.train, *other.dev)}
+    answers = {p.input: p for p in other.task.pairs if p.input not in used}
     queries = [
         q
         for q in (*ex.test, *ex.dev)
@@ -264,8 +279,8 @@ def conflict(ex: Extractor, theta: TaskVector, other: Sequence[Pair]) -> Conflic
     ]
     if not queries:
         raise UsageError(
-            f"{ex.task.name} and {theta.vector.name} have no inputs in common outside the training "
-            "part whose answers differ"
+            f"{ex.task.name} and {other.task.name} have no inputs in common outside the training "
+            "and dev parts whose answers differ"
         )
     shown = ex.few_shot(queries, what="conflict")
     put = [
