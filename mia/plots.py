@@ -151,7 +151,7 @@ def _frame(axes: Axes, a: npt.NDArray[np.float64]) -> int:
     from matplotlib.patches import Rectangle
 
     strength = np.nan_to_num(np.abs(a))
-    n = min(_FRAMED, -(-a.size // 10), np.count_nonzero(strength))
+    n = min(_FRAMED, -(-a.size // 10), int(np.count_nonzero(strength)))
     for cell in np.argsort(-strength, axis=None, kind="stable")[:n]:
         row, column = divmod(int(cell), a.shape[1])
         corner = (column - 0.5, row - 0.5)
@@ -343,7 +343,7 @@ def _lines(axes: Axes, panel: Panel, looks: Mapping[str, tuple[str, Any]]) -> No
     banded = sum(np.ndim(line.y) > 0 for line in panel.lines) <= _BANDS
     # a share of 0 or 1 lies on the frame, which would cut the line
     style: dict[str, Any] = {"clip_on": not panel.share, "zorder": 3}
-    markers = {"marker": "o", "markersize": 3} if len(looks) <= 10 else {}
+    markers: dict[str, Any] = {"marker": "o", "markersize": 3} if len(looks) <= 10 else {}
     for line in panel.lines:
         colour, dashes = looks[line.name]
         style |= {"color": colour, "linestyle": line.dashes or dashes}

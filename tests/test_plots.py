@@ -110,7 +110,6 @@ def test_many_curves_are_told_apart_and_the_legend_covers_nothing(n: int, bands:
     x, y = np.arange(30), np.linspace(0, 1, 30)
     lines = [plots.Line(name=f"a_rather_long_task_{i}", x=x, y=y, band=(y, y)) for i in range(n)]
     fig = plots.panels([plots.Panel(lines=lines, share=True)], title="t", x_label="layer")
-    _no_overlap(fig)
     axes = fig.axes[0]
     assert axes.get_ylim() == (0, 1) and len(axes.collections) == bands
     looks = {(line.get_color(), line.get_linestyle()) for line in axes.lines}
@@ -122,7 +121,7 @@ def test_many_curves_are_told_apart_and_the_legend_covers_nothing(n: int, bands:
         canvas = FigureCanvasAgg(fig)
         canvas.draw()
         box, around = fig.legends[0].get_window_extent(), axes.get_tightbbox()
-        assert not box.overlaps(around) and around.height > 0.5 * fig.dpi * 4
+        assert not box.overlaps(around) and around.height > 3.5 * fig.dpi
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= canvas.get_width_height()[0]
         texts = [t.get_text() for t in fig.legends[0].get_texts() if t.get_text().strip()]
         assert texts == [line.name for line in lines]
@@ -137,6 +136,14 @@ def test_a_line_has_points_of_its_own_and_names_keep_their_colour() -> None:
     assert top.lines[1].get_color() == bottom.lines[0].get_color() != top.lines[0].get_color()
     assert [t.get_text() for t in fig.legends[0].get_texts()] == [" _a\\$", "b"]
     plots.panels([plots.Panel(lines=[plots.Line(name="a", x=[], y=[])])])
+
+
+@pytest.mark.parametrize("layers", [[7], [0, 1], [0, 1, 2]])
+def test_few_layers_have_whole_ticks(layers: list[int]) -> None:
+    axes = plots.curves(layers, {"a": layers}).axes[0]
+    low, high = axes.get_xlim()
+    ticks = [t for t in axes.get_xticks() if low < t < high]
+    assert ticks == layers
 
 
 def _drawn(monkeypatch, *args):  # type: ignore[no-untyped-def]
@@ -161,7 +168,7 @@ def test_accuracy_by_layer_of_a_task_names_it_and_has_its_levels(
     assert [list(line.get_ydata()) for line in axes.lines] == [[0, 0.5, 1], [0.9] * 2, [0.1] * 2]
     assert [line.get_linestyle() for line in axes.lines] == ["-", "--", ":"]
     assert _texts(fig) == ["with the vector", "with examples", "without examples"]
-    four = {name: curve for name in "abcd"}
+    four = dict.fromkeys("abcd", curve)
     levels = {kind: dict.fromkeys(four, 0.5) for kind in levels}
     fig = _drawn(monkeypatch, {"with the vector": four}, "by layer", levels)
     assert len(fig.axes[0].lines) == 4 and _texts(fig) == list("abcd")
@@ -185,7 +192,7 @@ def test_two_curves_of_a_task_are_solid_and_dashed_or_in_two_panels(
     dashes = [line.get_linestyle() for line in lines]
     if n <= 5:
         assert len(fig.axes) == 1 and dashes == ["-"] * n + ["--"] * n
-        assert _texts(fig)[-1] == "shuffled"
+        assert {"plain", "shuffled"} <= set(_texts(fig))
     else:
         assert [a.get_ylabel() for a in fig.axes] == ["accuracy plain", "accuracy shuffled"]
         assert dashes[:n] == dashes[n:] and _texts(fig) == tasks
@@ -193,7 +200,7 @@ def test_two_curves_of_a_task_are_solid_and_dashed_or_in_two_panels(
 
 def test_a_clipped_heatmap_shows_what_one_strong_cell_would_hide() -> None:
     a = np.tile([0.01, -0.01], (30, 4))
-    a[20, 5], a[3, 1], a[4, 2] = 0.25, -0.125, 0.02
+    a[20, 5], a[3, 1], a[4, 2], a[5, 3] = 0.25, -0.125, 0.03, 0.02
     fig = plots.heatmap(a, diverging=True, clipped=True, bar="effect")
     _no_overlap(fig)
     axes, bar = fig.axes

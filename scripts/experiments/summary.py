@@ -1,4 +1,4 @@
-"""Prints the tables of experiment documents: task vectors, function vectors, compositions."""
+"""Prints the tables of experiment documents: task vectors, function vectors."""
 
 import json
 import sys
@@ -20,14 +20,10 @@ def table(rows: list[dict[str, Any]], first: str, columns: list[str]) -> None:
 
 def main() -> None:
     for name in sys.argv[1:]:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-        rows = json.loads(text)["rows"]
-        if "composition" in rows[0]:
-            table(rows, "composition", ["icl", "zero_shot", "direct", "composed"])
-            for r in rows:
-                print(f"{r['composition']}: cosine {r['cosine']:.2f}, layers {r['layers']}")
-        elif "wrong" in rows[0]:
-            table(rows, "task", ["icl", "zero_shot", "zero_shot_vector", "wrong", "wrong_vector"])
+        rows = json.loads(Path(name).read_text(encoding="utf-8"))["rows"]
+        if "wrong" in rows[0]:
+            columns = ["icl", "zero_shot", "zero_shot_vector", "vector_given_icl", "wrong"]
+            table(rows, "task", [*columns, "wrong_vector"])
             able = [r for r in rows if r["icl"]["accuracy"] > 0.5]
             better = [r for r in able if r["zero_shot_vector"]["low"] > r["zero_shot"]["high"]]
             more = [
@@ -39,11 +35,12 @@ def main() -> None:
             )
         else:
             table(rows, "task", ["zero_shot", "icl", "vector", "vector_given_icl"])
-            shares = [
-                r["vector"]["accuracy"] / r["icl"]["accuracy"] for r in rows if r["icl"]["correct"]
-            ]
+            able = [r for r in rows if r["icl"]["correct"]]
+            vector, icl = ([r[k]["accuracy"] for r in able] for k in ("vector", "icl"))
+            ratios = [v / i for v, i in zip(vector, icl, strict=True)]
             print(
-                f"mean of vector / in-context over {len(shares)} tasks: {sum(shares) / len(shares):.2f}"
+                f"vector / in-context over {len(able)} tasks: mean of the ratios "
+                f"{sum(ratios) / len(ratios):.2f}, ratio of the means {sum(vector) / sum(icl):.2f}"
             )
 
 
