@@ -545,6 +545,42 @@ def test_cli_function_vector(here: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ).stdout
 
 
+def test_cli_options_of_vectors_are_heard(here: Path) -> None:
+    sets = ("--sets", "1", "--dummies", "2")
+    eval_ = ("task-vector", "eval", "next.json")
+    assert _twice(*eval_, "--layer", "1", *sets)["rows"][0]["layers"] == [1]
+    printed = _run(*eval_, "--by-layer", *sets).stdout.splitlines()
+    assert printed[3].split() == ["layer", "next"] and printed[-1].split()[0] == "2"
+
+    small = ("--prompts", "3", "--effect-prompts", "2", "--heads", "3")
+    fv_eval = ("function-vector", "eval", "next.json")
+    _run("function-vector", "extract", "next.json", "-o", "v.safetensors", *small)
+    loud = _twice(*fv_eval, "--vector", "v.safetensors", "--coeff", "4", "--layer", "0")["rows"][0]
+    assert (loud["coeff"], loud["layer"]) == (4, 0)
+    assert _twice(*fv_eval, "--layer", "2", *small)["rows"][0]["layer"] == 2
+    by_layer = _run(*fv_eval, "--by-layer", *small).stdout
+    assert "next, shuffled" in by_layer and "where ICL is right" in by_layer
+    own = "next.json,before.json,before.json,next.json"
+    row = _twice("function-vector", "compose", own, *small)["rows"][0]
+    assert row["composition"] == "next.json" and row["direct"] == row["composed"]
+
+
+def test_cli_says_where_a_saved_vector_is_from(here: Path) -> None:
+    sets = ("--sets", "1", "--dummies", "2")
+    _run("task-vector", "extract", "next.json", "-o", "v.safetensors", *sets)
+    eval_ = ("task-vector", "eval", "next.json", "--vector", "v.safetensors")
+    assert _run(*eval_).stderr == ""
+    assert "another seed" in _run(*eval_, "--seed", "3").stderr
+    other = _run("task-vector", "eval", "before.json", "--vector", "v.safetensors").stderr
+    assert "was made for the task next" in other and other.count("\n") == 1
+    theta = vectors.load("v.safetensors")
+    meta = {**theta.metadata, "model_sha256": "0", "model": "x"}
+    vectors.Vector(theta.directions, "resid_post", meta).save("v.safetensors")
+    assert "was made on another model, x" in _run(*eval_).stderr
+    wrong = _run("function-vector", "eval", "next.json", "--vector", "v.safetensors", code=1)
+    assert wrong.stderr == "mia: v.safetensors is no function vector; it is a task vector\n"
+
+
 def test_cli_soft_vector(here: Path) -> None:
     small = ("--evaluations", "60", "--population", "6", "--batch", "3", "--prompts", "3")
     made = _twice("soft-vector", "train", "next.json", "-o", "s.safetensors", *small)
@@ -615,6 +651,22 @@ def test_cli_draws(here: Path, group: str) -> None:
         ),
         (("function-vector", "eval", "next.json", "--layer", "3"), "--layer 3 is out of range"),
         (("function-vector", "compose", "x"), "unknown composition 'x'"),
+        (("function-vector", "compose", "a,b"), "'a,b' is no composition: AC,BC,BD,AD are four"),
+        (("function-vector", "compose", "--heads", "99"), "--heads 99: tiny has 18 heads"),
+        (
+            ("function-vector", "eval", "next.json", "--vector", "v.safetensors", "--heads", "2"),
+            "it does not go with --vector",
+        ),
+        (
+            ("function-vector", "eval", "next.json", "--vector", "v.safetensors", "--coeff", "1,2"),
+            "a saved vector takes one --coeff",
+        ),
+        (("task-vector", "eval", "next.json", "--layer", "77"), "layer 77 is out of range"),
+        (
+            ("soft-vector", "eval", "next.json", "none.safetensors", "--keep", "0.5"),
+            "--keep is for --sparse or --sparse-out",
+        ),
+        (("task-vector", "eval", "next.json", "--known"), "next: after examples the model answers"),
         (
             ("soft-vector", "train", "next.json", "-o", "a.safetensors", "--optimiser", "x"),
             "unknown optimiser 'x'",
