@@ -112,7 +112,7 @@ def parse_many(text: str | Site | Iterable[str | Site], n_layer: int) -> list[Si
         return [parse(text, n_layer)]
     if not isinstance(text, str):
         return list(dict.fromkeys(s for part in text for s in parse_many(part, n_layer)))
-    name, layers = _split(text.strip())
+    name, layers = split_spelling(text.strip())
     if name in _GLOBAL:
         if layers is not None:
             raise SiteError(f"site {text!r}: {name} has no layers")
@@ -167,7 +167,7 @@ def _checked(name: str, layer: int | None, n_layer: int, shown: str) -> Site:
     return Site(name, _layer(layer, n_layer, shown))
 
 
-def _split(text: str) -> tuple[str, str | None]:
+def split_spelling(text: str) -> tuple[str, str | None]:
     """Canonical name, and the text of the layers or None."""
     m = re.fullmatch(r"blocks\.([^.]+(?:\.\.[^.]+)?)\.(.+)", text)
     if m is not None and m[2] in _TL:

@@ -51,7 +51,7 @@ class Vector:
             raise UsageError("a vector needs a direction for at least one layer")
         if self.site not in LAYERED:
             raise UsageError(f"a vector's site is one of {', '.join(LAYERED)}, not {self.site!r}")
-        ready = {int(i): np.asarray(v, np.float32) for i, v in sorted(self.directions.items())}
+        ready = {int(i): _float32(v) for i, v in sorted(self.directions.items())}
         for layer, v in ready.items():
             if v.ndim != 1 or v.shape != ready[min(ready)].shape:
                 raise UsageError(
@@ -145,11 +145,13 @@ class Vector:
         return replace(self, metadata={**self.metadata, "name": name})
 
     def _mapped(self, f: Callable[[Array], Array], name: str) -> Vector:
-        made = {i: f(v).astype(np.float32) for i, v in self.directions.items()}
+        with np.errstate(over="ignore", invalid="ignore"):  # the new vector refuses what they mean
+            made = {i: f(v).astype(np.float32) for i, v in self.directions.items()}
         return replace(self, directions=made, metadata=_derived(name, self))
 
     def _paired(self, other: Vector, f: Callable[[Array, Array], Array], word: str) -> Vector:
-        made = {i: f(self[i], other[i]) for i in self._common(other)}
+        with np.errstate(over="ignore", invalid="ignore"):
+            made = {i: f(self[i], other[i]) for i in self._common(other)}
         name = f"{_bracketed(self.name)} {word} {_bracketed(other.name)}"
         return Vector(made, self.site, _derived(name, self, other))
 
@@ -158,8 +160,9 @@ class Vector:
             return NotImplemented
         self._check_same(other)
         made = dict(self.directions)
-        for i, v in other.directions.items():
-            made[i] = made[i] + sign * v if i in made else sign * v
+        with np.errstate(over="ignore", invalid="ignore"):
+            for i, v in other.directions.items():
+                made[i] = made[i] + sign * v if i in made else sign * v
         second = _bracketed(other.name) if symbol == "-" else other.name
         return Vector(made, self.site, _derived(f"{self.name} {symbol} {second}", self, other))
 
@@ -292,7 +295,9 @@ def load(path: str | Path) -> Vector:
 
 def _load_npy(path: Path) -> Vector:
     try:
-        a = np.load(path, allow_pickle=False).astype(np.float32)
+        a = _float32(np.load(path, allow_pickle=False))
+    except UsageError:  # a ValueError too, but it says what is wrong
+        raise
     except (ValueError, OSError, EOFError) as err:
         raise FileError(f"{path} is not a .npy array: {err}") from err
     if a.ndim != 2 or not a.any():
@@ -307,18 +312,21 @@ def _load_safetensors(path: Path) -> Vector:
 
     try:
         with safe_open(path, framework="numpy") as f:
-            arrays = {k: np.asarray(f.get_tensor(k), np.float32) for k in f.keys()}  # noqa: SIM118
+            arrays = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
             metadata = dict(f.metadata() or {})
     except Exception as err:
         raise FileError(f"{path} is not a safetensors file: {err}") from err
     directions: dict[int, Array] = {}
     site = metadata.pop("site", "resid_post")
+    first = next(iter(arrays), "")
     for name, rows in arrays.items():
         m = re.fullmatch(r"(direction|[a-z_]+)\.(\d+)", name)
-        if m is None or m[1] not in ("direction", *LAYERED) or rows.size != rows.shape[-1]:
+        if m is None or m[1] not in ("direction", *LAYERED) or rows.shape[-1:] != (rows.size,):
             raise FileError(
                 f"{path}: {name} is not the direction of a layer (direction.N, one row)"
             )
+        if m[1] != first.rpartition(".")[0]:
+            raise FileError(f"{path} mixes {first} and {name}; a vector belongs to one site")
         site = site if m[1] == "direction" else m[1]
         directions[int(m[2])] = rows.reshape(-1)
     return Vector(directions, site, metadata)
@@ -344,6 +352,16 @@ def _load_gguf(path: Path) -> Vector:
     if hint and hint != "unknown":
         metadata.setdefault("architecture", hint)
     return Vector(directions, "resid_post", metadata)
+
+
+def _float32(a: npt.ArrayLike) -> Array:
+    """Numbers too large become infinite without a warning; what reads them refuses those.
+
+    Raises `UsageError` where they are complex."""
+    if np.iscomplexobj(a):
+        raise UsageError("a direction's numbers are real, not complex")
+    with np.errstate(over="ignore"):
+        return np.asarray(a, np.float32)
 
 
 # -- names and provenance ----------------------------------------------------------

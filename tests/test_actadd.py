@@ -1,13 +1,17 @@
 """Activation addition against the oracle: padding, alignment, several at once, samples."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import Tiny
 from reference import check, expected
+from tiny_gguf import write_tiny
 
 from mia.errors import RangeError, UsageError
 from mia.methods import actadd
 from mia.methods.actadd import Addition
+from mia.model import Model
 from mia.request import Capture, Request, Sampling
 
 
@@ -22,6 +26,17 @@ def test_the_shorter_prompt_gets_spaces_on_its_right(llama: Tiny) -> None:
     assert actadd.padded(m, " yes", "The cat sat")[0] == minus
     with pytest.raises(UsageError, match="both empty"):
         actadd.padded(m, "", "", bos=False)
+    with pytest.raises(UsageError, match="both empty"):
+        actadd.padded(m, "", "", bos=True)
+
+
+def test_padding_is_the_space_inside_a_text(tmp_path: Path) -> None:
+    with Model(write_tiny(tmp_path / "spm.gguf", "llama", spm=True), threads=1) as m:
+        plus, minus = actadd.padded(m, "cat dog Paris", "Rome")
+        assert plus == m.tokenize("cat dog Paris")
+        n = len(m.tokenize("Rome"))
+        assert minus[:n] == m.tokenize("Rome") and len(minus) == len(plus) > n
+        assert {m.piece(t) for t in minus[n:]} == {" "}
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

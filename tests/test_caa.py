@@ -1,16 +1,25 @@
 """Contrastive activation addition against the oracle, and its data."""
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Tiny
+from tiny_gguf import write_tiny
+from typer.testing import CliRunner
 
+from mia import files
+from mia.cli import app
 from mia.errors import MiaError, UsageError
 from mia.methods import caa
 from mia.methods.caa import Item
 from mia.model import Model
+from mia.request import Request
+from mia.vectors import Vector, load
 
 ITEMS = [
     Item("The cat is red?\n\nChoices:\n (A) yes\n (B) no", "A", "B"),
@@ -57,6 +66,16 @@ def test_broken_items_are_one_clear_line(tmp_path: Path, text: str, message: str
         caa.load_items(tmp_path / "gone.json")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
+    row = {
+        "question": "q",
+        "answer_matching_behavior": "(A)",
+        "answer_not_matching_behavior": " (B)",
+    }
+    (tmp_path / "d.json").write_text("\ufeff" + json.dumps([row]), encoding="utf-8")
+    assert caa.load_items(tmp_path / "d.json") == [Item("q", "A", "B")]
+
+
 def test_prompts_end_in_an_open_bracket_and_steering_begins_after_the_message(
     llama: Tiny, tmp_path: Path
 ) -> None:
@@ -64,8 +83,6 @@ def test_prompts_end_in_an_open_bracket_and_steering_begins_after_the_message(
     m = llama.model
     assert m.detokenize(plain.tokens) == f"<|endoftext|>{ITEMS[0].question}\n\nAnswer: ("
     assert m.detokenize(plain.tokens[: plain.steered]).endswith("(B) no")
-
-    from tiny_gguf import write_tiny
 
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
     path = write_tiny(tmp_path / "chat.gguf", "llama", add_bos=False, chat_template=template)
@@ -78,8 +95,37 @@ def test_prompts_end_in_an_open_bracket_and_steering_begins_after_the_message(
         assert with_bos.steered == p.steered + 1
 
 
+def test_a_template_that_does_not_end_a_line_is_followed_by_a_space(tmp_path: Path) -> None:
+    template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    path = write_tiny(tmp_path / "chat.gguf", "llama", add_bos=False, chat_template=template)
+    with Model(path, threads=1) as m:
+        p = caa.prompt(m, ITEMS[0])
+        assert m.detokenize(p.tokens[p.steered :]) == " [/INST] ("
+
+
+def test_in_a_sentencepiece_vocabulary_nothing_gets_a_second_space(tmp_path: Path) -> None:
+    with Model(write_tiny(tmp_path / "spm.gguf", "llama", spm=True), threads=1) as m:
+        item = Item("cat?\n\nChoices:\n (A) dog\n (Q) cat", "A", "Q")
+        p = caa.prompt(m, item)
+        assert p.tokens == m.tokenize(f"{item.question}\n\nAnswer: (")
+        assert m.piece(p.tokens[-1]) == " ("
+        # the letters follow "(" without a space, as "Answer: (A" has them
+        table = caa.evaluate(m, _ones(m), [item] * 2, layers=[1], multipliers=[0.0])
+        ids = [m.tokenize(f"{item.question}\n\nAnswer: ({x}")[-1] for x in "AQ"]
+        assert [m.piece(i) for i in ids] == ["A", "Q"]
+        x = m.run([Request(p.tokens)])[0].logits[-1][ids]
+        assert table.plain[0] == pytest.approx(1 / (1 + np.exp(x[1] - x[0])), abs=1e-5)
+        with pytest.raises(UsageError, match=r"the letter '😀' after '\(' is 4 tokens, not one"):
+            caa.train(m, [Item("cat?", "A", "😀")])
+
+
+def _ones(m: Model) -> Vector:
+    return Vector({i: np.ones(m.n_embd, np.float32) for i in range(m.n_layer)})
+
+
 def _letter(t: Tiny, letter: str) -> int:
-    return t.model.token_id(letter)
+    (token,) = t.model.continuation("(", letter)
+    return token
 
 
 def test_the_vector_is_the_mean_difference_at_the_letter(case: Tiny) -> None:
@@ -196,3 +242,78 @@ def test_by_text_the_answers_themselves_are_scored(llama: Tiny) -> None:
                 means.append(np.mean([x[i - 1, ids[i]] for i in range(n, len(ids))]))
             want = np.exp(means[0]) / np.exp(means).sum()
             assert got == pytest.approx(want, abs=1e-4)
+
+
+# -- the command -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cli(llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a command on the tiny model in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIA_MODEL", str(llama.path))
+    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
+
+    def run(*words: str, code: int = 0) -> Any:
+        result = CliRunner().invoke(app, [*words, "-t", "1"])
+        assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
+        return result
+
+    return run
+
+
+def _write_items() -> None:
+    rows = [
+        {
+            "question": f"{q}\n\nChoices:\n (A) yes\n (B) no",
+            "answer_matching_behavior": "(A)",
+            "answer_not_matching_behavior": "(B)",
+        }
+        for q in ("red?", "blue?", "cat?", "dog?")
+    ]
+    Path("ab.json").write_text(json.dumps(rows))
+
+
+def test_a_vector_says_what_it_was_made_of_and_eval_what_it_asks_again(
+    cli: Callable[..., Any],
+) -> None:
+    _write_items()
+    made = cli("caa", "train", "ab.json", "-o", "v.gguf", "--items", "..1", "--no-bos")
+    assert "v.gguf: 2 items, layers 1-2" in made.stdout
+    found = load("v.gguf").metadata
+    assert found["data"] == "ab.json" and found["items"] == "0..1" and found["bos"] == "false"
+    assert found["data_sha256"] == hashlib.sha256(Path("ab.json").read_bytes()).hexdigest()
+
+    held_out = cli("caa", "eval", "v.gguf", "ab.json", "--items", "2..", "--json", "--by-text")
+    assert held_out.stderr == ""
+    document = json.loads(held_out.stdout)
+    assert document["vector"] == "v.gguf" and document["items"] == "2..3"
+    assert document["bos"] is True and document["by_text"] is True
+    same = cli("caa", "eval", "v.gguf", "ab.json", "--items", "1..2").stderr
+    assert same == (
+        "mia: v.gguf was made from items 1..1 of this ab.json, which are asked again; give other "
+        "--items\n"
+    )
+    # arithmetic keeps what its parts were made of
+    assert "items 1..1 of" in cli("caa", "eval", "2*v.gguf", "ab.json", "--items", "1..2").stderr
+    Path("ab.json").write_text(Path("ab.json").read_text() + "\n")
+    assert cli("caa", "eval", "v.gguf", "ab.json").stderr == ""
+
+
+def test_a_vector_of_another_model_is_said_to_be(cli: Callable[..., Any]) -> None:
+    _write_items()
+    facts = {"model": "other", "model_sha256": "0" * 64}
+    Vector({1: np.ones(48, np.float32)}, metadata=facts).save("v.gguf")
+    said = cli("caa", "eval", "v.gguf", "ab.json").stderr
+    assert said == "mia: v.gguf was made on another model, other\n"
+    assert cli("caa", "eval", "v.gguf", "ab.json", "-q").stderr == ""
+
+
+def test_refused_before_the_model_is_opened(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_items()
+    monkeypatch.setenv("MIA_MODEL", "gone.gguf")
+    train = ("caa", "train", "ab.json", "-o")
+    assert "ends in .gguf or .safetensors" in cli(*train, "v.txt", code=1).stderr
+    assert "--equal-norm is for several" in cli(*train, "v.gguf", "--equal-norm", code=1).stderr

@@ -223,6 +223,10 @@ def test_words_are_measured_in_samples() -> None:
         (("--from-token-idx", "99"), "99 is out of range"),
         (("--from-token-idx", "1", "--generated-only"), "about the prompt"),
         (("--kl-budget", "-1"), "not positive"),
+        (("--operator", "ablate", "--coeff", "1,4"), "ablate has no coefficient"),
+        (("--operator", "ablate", "--kl-budget", "1"), "run it without --kl-budget"),
+        (("--samples", "9"), "--samples is for --words"),
+        (("--words", "french_words", "--no-baseline"), "takes no --no-baseline"),
     ],
 )
 def test_steer_refuses(options: tuple[str, ...], message: str) -> None:
@@ -242,6 +246,79 @@ def test_bad_vectors_are_one_clear_line() -> None:
     ):
         assert message in refused("steer", file, "-p", PROMPT)
         assert message.split("; the model's")[0] in refused("run", "--steer", file, "-p", PROMPT)
+
+
+def test_a_budget_takes_the_coefficients_that_are_given() -> None:
+    words = ("steer", "v.gguf", "-p", PROMPT, "-n", "3", "--kl-budget")
+    assert [r["coeff"] for r in document(*words, "99", "--coeff", "1")["kl"]] == [1]
+    assert len(document(*words, "99")["kl"]) == 12
+    assert document(*words, "99", "--coeff", "-0.1,-0.5")["coeff"] == -0.5
+
+
+def test_explain_knows_what_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("steer", "v.gguf", "-p", PROMPT, "--explain", "--coeff", "1,2")
+
+    def paths(*more: str) -> set[str]:
+        return {r["path"] for r in document(*words, *more)["explain"]}
+
+    assert paths() == {"callback"}
+    assert paths("--words", "french_words", "--temperature", "1") == {"control vector"}
+    from mia.model import Model
+
+    monkeypatch.delattr(Model, "run")  # nothing is run
+    assert paths("--kl-budget", "0.5") == {"control vector"}
+    own = document(*words, "--operator", "test_steering:halfway")["explain"]
+    assert {r["operator"] for r in own} == {"test_steering:halfway"}
+
+
+def test_a_document_says_how_it_was_steered() -> None:
+    words = ("steer", "2*v.gguf", "-p", PROMPT, "-n", "1", "--layers", "1", "--from-token-idx", "2")
+    assert document(*words, "--operator", "clamp", "--normalize")["steering"] == {
+        "vectors": [{"vector": "2*v.gguf", "site": "resid_post", "layers": [1]}],
+        "operator": "clamp",
+        "tokens": "all",
+        "from_token_idx": 2,
+        "normalize": True,
+    }
+    got = document("steer", "v.gguf", "-p", PROMPT, "-n", "1", "--prompt-only")["steering"]
+    assert got["tokens"] == "prompt" and got["vectors"][0]["layers"] == [1, 2]
+
+
+def test_layers_that_a_vector_has_not_are_named() -> None:
+    result = run("steer", "v.gguf", "-p", PROMPT, "-n", "1", "--layers", "0-2")
+    assert result.stderr.splitlines() == ["mia: v.gguf has no layer 0: it is not steered there"]
+    for more in (("-p", PROMPT), ("--sweep", "layers", "--on", "pairs.jsonl")):
+        result = run("perplexity", *more, "--steer", "v.gguf", "--steer-layers", "0-2")
+        assert "v.gguf has no layer 0: it is not" in result.stderr
+    result = run("perplexity", "-p", PROMPT, "--steer", "v.gguf", "--steer-layers", "1")
+    assert result.stderr == ""
+
+
+def test_a_vector_of_another_model_is_said(path: Path) -> None:
+    from mia.model import Model
+
+    with Model(path, threads=1) as m:
+        sha = m.file_hash
+    v = load("v.gguf")
+    for name, facts in (("own", {"model_sha256": sha}), ("alien", {"model_sha256": "0" * 64})):
+        Vector(v.directions, metadata={**facts, "model": "big"}).save(f"{name}.gguf")
+    said = "mia: alien.gguf was made on another model, big\n"
+    Path("on.txt").write_text("The cat is red\n")
+    for words in (
+        ("steer", "alien.gguf", "-p", PROMPT, "-n", "1"),
+        ("steer", "own.gguf - alien.gguf", "-p", PROMPT, "-n", "1"),
+        ("perplexity", "-p", PROMPT, "--steer", "alien.gguf"),
+        ("perplexity", "--sweep", "layers", "--on", "on.txt", "--steer", "alien.gguf"),
+    ):
+        assert run(*words).stderr == said
+        assert run(*words, "-q").stderr == ""
+    assert run("steer", "own.gguf", "-p", PROMPT, "-n", "1").stderr == ""
+
+
+def test_a_prompt_file_may_begin_with_a_byte_order_mark() -> None:
+    Path("p.txt").write_bytes(b"\xef\xbb\xbf" + PROMPT.encode())
+    marked, plain = (document("run", *p, "-n", "1") for p in (("-f", "p.txt"), ("-p", PROMPT)))
+    assert marked["tokens"] == plain["tokens"]
 
 
 # -- vector ------------------------------------------------------------------------
@@ -363,7 +440,8 @@ def test_actadd(path: Path) -> None:
         "samples"
     ]
     assert [r["seed"] for r in rows] == [7, 8, 9]
-    assert "0 unsteered: " in run(*words, "-n", "2", "--compare", "1").stdout
+    twice = ("-n", "2", "--compare", "1", "--temperature", "1")
+    assert "0 unsteered: " in run(*words, *twice).stdout
 
 
 def test_actadd_of_several_and_what_it_refuses() -> None:
@@ -377,6 +455,28 @@ def test_actadd_of_several_and_what_it_refuses() -> None:
     assert "layer 6 is out of range" in refused("actadd", "--plus", "cat", "-p", PROMPT)
     long = ("actadd", "--plus", PROMPT * 2, "--layer", "1", "-p", "cat")
     assert "use a longer prompt" in refused(*long)
+
+
+def test_actadd_says_what_was_set_against_what(path: Path) -> None:
+    words = ("actadd", "--plus", "The cat sat", "--minus", " yes", "--layer", "1", "--coeff", "2")
+    words = (*words, "-p", PROMPT, "-n", "2")
+    (a,) = document(*words)["additions"]
+    assert (a["plus"], a["minus"], a["coeff"], a["layer"]) == ("The cat sat", " yes", 2, 1)
+    assert [t["text"] for t in a["minus_tokens"]][-3:] == [" yes", " ", " "]
+    assert [t["id"] for t in a["plus_tokens"]] == _tokens(path, "The cat sat")
+    assert len(a["plus_tokens"]) == len(a["minus_tokens"])
+    sampled = document(*words, "--compare", "1", "--temperature", "1")
+    assert sampled["additions"] == [a]
+
+
+def test_actadd_refuses_what_would_show_nothing() -> None:
+    words = ("actadd", "--plus", "cat", "--layer", "1", "-p", PROMPT, "-n", "2")
+    assert "give --temperature" in refused(*words, "--compare", "2")
+    sampled = (*words, "--temperature", "1", "--compare")
+    assert "takes no --no-baseline" in refused(*sampled, "2", "--no-baseline")
+    assert "or equal to 1" in " ".join(run(*sampled, "0", code=2).stderr.split())
+    empty = ("actadd", "--plus", "", "--minus", "", "--layer", "1", "-p", PROMPT)
+    assert "both empty" in refused(*empty)
 
 
 # -- caa and iti -----------------------------------------------------------------------
@@ -396,16 +496,17 @@ def test_caa(path: Path) -> None:
         "--multipliers",
         "-2,2",
         "--items",
-        "3..",
+        "2..",
     )
+    run(*words[:-1], "3..", code=1)
     got = document(*words)
-    assert got["n_items"] == 1 and len(got["table"]) == 4
+    assert got["n_items"] == 2 and len(got["table"]) == 4
     from mia.methods import caa
     from mia.model import Model
 
     with Model(path, threads=1) as m:
         table = caa.evaluate(
-            m, load("ab.gguf"), caa.load_items("ab.json")[3:], layers=[1, 2], multipliers=[-2, 2]
+            m, load("ab.gguf"), caa.load_items("ab.json")[2:], layers=[1, 2], multipliers=[-2, 2]
         )
     assert [r["p_matching"] for r in got["table"]] == pytest.approx(
         table.means.ravel().tolist(), abs=1e-5
@@ -495,6 +596,76 @@ def _tokens(path: Path, text: str) -> list[int]:
 
     with Model(path, threads=1) as m:
         return m.tokenize(text)
+
+
+def test_perplexity_names_what_it_did() -> None:
+    Path("long.txt").write_text("The cat sat on the red mat. " * 12)
+    words = ("perplexity", "-f", "long.txt", "--steer", "v.gguf", "--coeff", "2")
+    got = document(*words, "--steer-layers", "2", "--window", "9999", "--ctx", "50")
+    assert got["window"] == 50 and got["n_windows"] == -(-got["n_tokens"] // 50)
+    assert got["steer"] == [{"vector": "v.gguf", "site": "resid_post", "layers": [2]}]
+    assert got["coeff"] == 2 and got["stride"] is None
+    result = run("perplexity", "-f", "long.txt", "--window", "9999", "--ctx", "50")
+    assert "windows of up to 50" in result.stdout
+    assert "no longer than the context; 50 is used" in result.stderr
+    slid = document(*words, "--window", "40", "--stride", "10")
+    assert slid["stride"] == 10 and slid["n_windows"] > got["n_windows"]
+    assert slid["n_scored"] == slid["n_tokens"] - 1
+    run("save", "l_out-1", "c.safetensors", "-p", PROMPT)
+    patch = ("--patch", "l_out-1", "c.safetensors", "1", "2")
+    assert document("perplexity", "-f", "long.txt", *patch)["ratio"] > 0
+    line = refused("perplexity", "-f", "long.txt", "--window", "40", *patch)
+    assert "changes at some tokens only need a text of one window" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--plus", "cat"), "--plus needs --sweep layers"),
+        (("--minus", "cat"), "--minus needs --sweep layers"),
+        (("--on", "on.txt"), "--on needs --sweep layers"),
+        (("--off", "on.txt"), "--off needs --sweep layers"),
+        (("--plot", "x.png"), "--plot needs --sweep layers"),
+        (("--coeff", "2"), "--coeff needs --steer"),
+        (("--coeff", "0"), "--coeff needs --steer"),
+        (("--steer-layers", "1"), "--steer-layers needs --steer"),
+        (("--window", "9", "--stride", "12"), "a stride of 12 is out of range"),
+    ],
+)
+def test_perplexity_refuses(options: tuple[str, ...], message: str) -> None:
+    assert message in refused("perplexity", "-p", PROMPT, *options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-p", "x"),
+        ("-f", "x"),
+        ("--window", "9"),
+        ("--stride", "9"),
+        ("--ablate", "1.0"),
+        ("--select", "1.0"),
+        ("--block", "1->0"),
+        ("--patch", "l_out-1", "x", "0", "0"),
+        ("--chat",),
+    ],
+)
+def test_a_sweep_refuses_what_it_would_not_use(options: tuple[str, ...]) -> None:
+    words = ("perplexity", "--sweep", "layers", "--on", "pairs.jsonl", "--steer", "v.gguf")
+    assert refused(*words, *options) == f"{options[0]} does nothing with --sweep"
+    assert refused(*words, "--minus", "x") == "--minus needs --plus"
+
+
+def test_a_sweep_counts_its_lines_and_names_the_long_one() -> None:
+    words = ("perplexity", "--sweep", "layers", "--on", "on.txt", "--steer", "v.gguf", "--no-bos")
+    Path("on.txt").write_text("The cat is red\nsky is blue and red\n the\n")
+    got = document(*words)
+    assert got["sweep"]["on-topic"]["n_texts"] == 2 and got["sweep"]["on-topic"]["n_skipped"] == 1
+    assert got["steer"][0]["vector"] == "v.gguf" and got["coeff"] == 1
+    assert "on.txt: 1 of 3 lines have no token to score" in run(*words).stderr
+    Path("on.txt").write_text("The cat is red\n\n" + "sky is blue " * 9)
+    line = refused(*words, "--ctx", "20")
+    assert line.startswith("on.txt, line 3: ") and line.endswith("the context holds 20")
 
 
 def test_perplexity_by_layer() -> None:

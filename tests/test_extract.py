@@ -1,15 +1,23 @@
 """Directions from pairs: what is read, and what is made of it, against the oracle."""
 
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Tiny
 from oracle import Oracle
+from typer.testing import CliRunner
 
+from mia import files
+from mia.cli import app
 from mia.errors import FileError, MiaError, RangeError, UsageError
 from mia.methods import extract
 from mia.methods.extract import Activations, Pair
+from mia.vectors import Vector, load
 
 PAIRS = [
     Pair("The cat sat on the mat", "The dog sat on the mat"),
@@ -185,6 +193,53 @@ def test_aggregators_that_cannot_be(llama: Tiny) -> None:
             extract.aggregate(same, name)
 
 
+@pytest.mark.parametrize("method", ["mean", "pca", "logistic"])
+def test_texts_that_do_not_differ_have_no_direction(llama: Tiny, method: str) -> None:
+    if method == "logistic":
+        pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra probes)")
+    with pytest.raises(UsageError, match=r"do not differ at the token read \(0\)"):
+        extract.train(llama.model, PAIRS, read="0", method=method)
+    # where they begin to differ further up, the direction below is zero
+    ends_alike = [Pair("The cat is", "The dog is"), Pair("red is", "blue is")]
+    got = extract.train(llama.model, ends_alike, site="attn_norm", method=method)
+    assert got.norms[0] == 0 and got.norms[1] > 0.1 and got.norms[2] > 0.1
+
+
+def test_rounding_is_no_difference(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU gives a token's row other last digits in a batch of another length."""
+    run, rng = llama.model.run, np.random.default_rng(0)
+
+    def rounded(*args: Any, **kwargs: Any) -> Any:
+        results = run(*args, **kwargs)
+        for r in results:
+            for rows in r.captures.values():
+                rows *= np.float32(1 + 1e-3 * rng.random())
+        return results
+
+    monkeypatch.setattr(llama.model, "run", rounded)
+    alike, other = Pair("The cat sat", "The cat on the mat"), Pair("The cat", "The dog")
+    got = extract.extract(llama.model, [alike, other], read="2")
+    for layer in got.positive:
+        same, differs = np.abs(got.positive[layer] - got.negative[layer]).max(-1)
+        assert same == 0 and differs > 0.1
+
+
+@pytest.mark.parametrize("method", ["mean", "pca"])
+def test_activations_that_do_not_differ_have_no_direction(method: str) -> None:
+    x = {0: np.arange(6, dtype=np.float32).reshape(2, 3)}
+    for y in (x, {0: x[0] * np.float32(1 + 1e-7)}):  # the same, and but for rounding
+        with pytest.raises(UsageError, match=r"do not differ at the token read \(last\)"):
+            extract.aggregate(Activations(x, y), method)
+    nan = {0: np.full((2, 3), np.nan, np.float32)}
+    with pytest.raises(UsageError, match="not finite"):
+        extract.aggregate(Activations(x, nan))
+
+
+def test_a_users_function_may_do_without_differences() -> None:
+    same = {0: np.ones((2, 3), np.float32)}
+    assert extract.aggregate(Activations(same, same), own)[0].tolist() == [0, 0, 0]
+
+
 # -- pairs -------------------------------------------------------------------------------
 
 
@@ -194,14 +249,36 @@ def test_pairs_from_each_kind_of_file(tmp_path: Path) -> None:
         '{"positive": "a, b", "negative": "c"}\n\n{"positive": "d", "negative": "e \\"f\\""}\n'
     )
     (tmp_path / "p.csv").write_text('negative,positive\nc,"a, b"\n"e ""f""",d\n')
-    (tmp_path / "pos.txt").write_text("a, b\n\nd\n")
-    (tmp_path / "neg.txt").write_text('c\ne "f"\n')
+    (tmp_path / "pos.txt").write_text("a, b\n\nd\n\n")
+    (tmp_path / "neg.txt").write_text('c\n \ne "f"\n')
     assert extract.load_pairs(tmp_path / "p.jsonl") == want
     assert extract.load_pairs(tmp_path / "p.csv") == want
     assert extract.load_pairs(tmp_path / "pos.txt", tmp_path / "neg.txt") == want
+    rows = [{"positive": p.positive, "negative": p.negative} for p in want]
+    (tmp_path / "p.json").write_text(json.dumps(rows, indent=1))
+    assert extract.load_pairs(tmp_path / "p.json") == want
     (tmp_path / "i.jsonl").write_text('{"positive": "a", "negative": "b", "read_positive": -2}\n')
     assert extract.load_pairs(tmp_path / "i.jsonl") == [Pair("a", "b", -2, None)]
     assert len(extract.load_pairs("french")) >= 60
+
+
+def test_marks_of_other_editors_are_read(tmp_path: Path) -> None:
+    """A BOM in front, and line separators that are part of a text."""
+    bom = "\ufeff"
+    want = [Pair("a\u2028b", "c\x0cd"), Pair("e", "f")]
+    rows = [{"positive": p.positive, "negative": p.negative} for p in want]
+    lines = [json.dumps(r, ensure_ascii=False) for r in rows]
+    for name, text in {
+        "p.jsonl": "\n".join(lines),
+        "p.json": f"[{','.join(lines)}]",
+        "p.csv": "positive,negative\na\u2028b,c\x0cd\ne,f\n",
+        "pos.txt": "a\u2028b\ne",
+        "neg.txt": "c\x0cd\nf",
+    }.items():
+        (tmp_path / name).write_text(bom + text, encoding="utf-8")
+    for name in ("p.jsonl", "p.json", "p.csv"):
+        assert extract.load_pairs(tmp_path / name) == want, name
+    assert extract.load_pairs(tmp_path / "pos.txt", tmp_path / "neg.txt") == want
 
 
 @pytest.mark.parametrize(
@@ -212,7 +289,12 @@ def test_pairs_from_each_kind_of_file(tmp_path: Path) -> None:
         ({"p.jsonl": '{"positive": "a"}'}, "line 1: there is no text 'negative'"),
         ({"p.csv": "positive,other\na,b\n"}, "row 1: there is no text 'negative'"),
         ({"p.jsonl": "[1"}, "line 1 is not JSON"),
-        ({"p.jsonl": "[1]"}, "line 1: there is no text 'positive'"),
+        ({"p.jsonl": "1"}, "line 1: there is no text 'positive'"),
+        ({"p.jsonl": "[1]"}, "item 0: there is no text 'positive'"),
+        ({"p.csv": "positive,negative\na,b\nc,d,e\n"}, "row 2 has more fields than the header"),
+        ({"p.csv": f"positive,negative\na,{'b' * 140000}\n"}, "is not CSV that can be read"),
+        ({"a.txt": "x\n\ny\n", "b.txt": "z\nw\n"}, "a.txt, line 2 is blank, and that of .*b.txt"),
+        ({"a.txt": "x\ny\nz\n", "b.txt": "z\n\nw\n"}, "b.txt, line 2 is blank"),
         ({"a.txt": "x\ny\n", "b.txt": "z\n"}, "has 2 texts and .*b.txt has 1"),
         ({"a.txt": "x\n", "b.txt": ""}, "b.txt is empty"),
         ({"a.txt": "x", "b.txt": "y", "c.txt": "z"}, "3 files are given"),
@@ -233,3 +315,86 @@ def test_no_file_and_no_pairs(llama: Tiny) -> None:
         extract.load_pairs("nowhere")
     with pytest.raises(UsageError, match="no pairs"):
         extract.train(llama.model, [])
+
+
+# -- the command -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cli(llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a command on the tiny model in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIA_MODEL", str(llama.path))
+    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
+
+    def run(*words: str, code: int = 0) -> Any:
+        result = CliRunner().invoke(app, [*words, "-t", "1"])
+        assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
+        return result
+
+    return run
+
+
+def _write_pairs() -> None:
+    Path("pos.txt").write_text("The cat sat\nsky is blue\n")
+    Path("neg.txt").write_text("The dog sat\nsky is red\n")
+
+
+@pytest.mark.parametrize("site", ["attn_pattern", "attn_scores"])
+def test_sites_by_key_have_no_vectors(cli: Callable[..., Any], site: str) -> None:
+    _write_pairs()
+    words = ("vector", "train", "pos.txt", "neg.txt", "-o", "v.safetensors", "--site", site)
+    assert "one row a token" in cli(*words, code=1).stderr
+
+
+@pytest.mark.parametrize("site", ["l_out-2", "resid_post.2", "blocks.2.hook_resid_post"])
+def test_a_sites_layer_is_the_layer(cli: Callable[..., Any], site: str) -> None:
+    _write_pairs()
+    words = ("vector", "train", "pos.txt", "neg.txt", "-o", "v.gguf", "--site", site)
+    cli(*words)
+    assert load("v.gguf").layers == [2]
+    assert "names layers, and so does --layers" in cli(*words, "--layers", "1", code=1).stderr
+    far = cli(*words[:-1], site.replace("2", "9"), code=1).stderr
+    assert (
+        far == f"mia: '{site.replace('2', '9')}': layer 9 is out of range; this model has 0 to 2\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("out", "site", "message"),
+    [
+        ("v.npy", "resid_post", "ends in .gguf or .safetensors"),
+        ("v.gguf", "mlp_out", "is for resid_post"),
+    ],
+)
+def test_the_file_is_checked_before_the_model_is_opened(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, out: str, site: str, message: str
+) -> None:
+    _write_pairs()
+    monkeypatch.setenv("MIA_MODEL", "gone.gguf")
+    words = ("vector", "train", "pos.txt", "neg.txt", "-o", out, "--site", site)
+    assert message in cli(*words, code=1).stderr
+
+
+def test_a_vector_says_what_it_was_made_of(cli: Callable[..., Any]) -> None:
+    _write_pairs()
+    words = ("vector", "train", "pos.txt", "neg.txt", "-o", "v.gguf", "--no-bos", "--json")
+    document = json.loads(cli(*words).stdout)
+    found = load("v.gguf").metadata
+    assert found["data"] == "pos.txt, neg.txt" and found["items"] == "0..1"
+    assert found["data_sha256"].split() == [
+        hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in ("pos.txt", "neg.txt")
+    ]
+    assert found["bos"] == "false"
+    # layer 0 is not in the file, and not said to be
+    assert [r["layer"] for r in document["layers"]] == load("v.gguf").layers == [1, 2]
+    kept = json.loads(cli(*words, "--layer-zero").stdout)
+    assert [r["layer"] for r in kept["layers"]] == load("v.gguf").layers == [0, 1, 2]
+
+
+def test_convert_lists_what_is_in_the_file(cli: Callable[..., Any]) -> None:
+    Vector({i: np.ones(4, np.float32) for i in (0, 1)}).save("v.safetensors")
+    result = CliRunner().invoke(
+        app, ["vector", "convert", "v.safetensors", "-o", "v.gguf", "--json"]
+    )
+    assert [r["layer"] for r in json.loads(result.stdout)["layers"]] == [1]

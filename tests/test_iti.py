@@ -1,16 +1,24 @@
 """Inference-time intervention against the oracle."""
 
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Tiny
 from reference import check
+from typer.testing import CliRunner
 
+from mia import files
+from mia.cli import app
 from mia.errors import MiaError, RangeError, UsageError
 from mia.methods import iti
 from mia.methods.iti import HeadData, Question
 from mia.request import Capture, Request
+from mia.vectors import load
 
 QUESTIONS = [
     Question("The cat is red?", ("yes",), ("no and no",)),
@@ -162,19 +170,89 @@ def test_questions_from_files(tmp_path: Path) -> None:
     assert "Choices" not in shipped[0].question
 
 
+def _row(**changes: object) -> str:
+    """A line of JSONL, as it should be but for the changes."""
+    row = {"question": "a?", "correct_answers": ["b"], "incorrect_answers": ["c"], **changes}
+    return json.dumps(row, ensure_ascii=False)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "is empty"),
-        ('{"question": "a"}', "line 1: question, correct_answers"),
-        (
-            '{"question": "a", "correct_answers": [], "incorrect_answers": ["b"]}',
-            "an answer of each",
-        ),
-        ("{", "line 1"),
+        ("{", "line 1 is not JSON"),
+        ("1", "line 1: there is no text 'question'"),
+        (_row(question=3), "line 1: there is no text 'question'"),
+        (_row(question=" "), "line 1: there is no text 'question'"),
+        (_row(correct_answers="yes"), "line 1: 'correct_answers' is 'yes'; a list of texts"),
+        (_row(correct_answers=[]), r"line 1: 'correct_answers' is \[\]; a list of texts"),
+        (_row(incorrect_answers=None), "line 1: 'incorrect_answers' is None; a list of texts"),
+        (_row() + "\n" + _row(incorrect_answers=["b", " "]), r"line 2: 'incorrect_answers' is"),
+        (_row(correct_answers=[1]), r"line 1: 'correct_answers' is \[1\]"),
+        (_row(best_answer=["b"]), r"line 1: 'best_answer' is \['b'\]; a text is needed"),
     ],
 )
 def test_broken_questions_are_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "q.jsonl").write_text(text)
-    with pytest.raises(MiaError, match=message):
+    with pytest.raises(MiaError, match=message) as err:
         iti.load_questions(tmp_path / "q.jsonl")
+    assert "\n" not in str(err.value)
+    with pytest.raises(MiaError, match=r"no file .*gone.jsonl"):
+        iti.load_questions(tmp_path / "gone.jsonl")
+
+
+def test_the_best_answer_comes_first(tmp_path: Path) -> None:
+    rows = [
+        _row(correct_answers=["b", "c", "d"], best_answer="c"),
+        _row(correct_answers=["b"], best_answer="the best"),
+        _row(correct_answers=["b"], best_answer=None),
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(rows))
+    found = [q.correct for q in iti.load_questions(tmp_path / "q.jsonl")]
+    assert found == [("c", "b", "d"), ("the best", "b"), ("b",)]
+
+
+def test_marks_of_other_editors_are_read(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text("\ufeff" + _row(question="a\u2028b?"), encoding="utf-8")
+    assert iti.load_questions(tmp_path / "q.jsonl") == [Question("a\u2028b?", ("b",), ("c",))]
+
+
+# -- the command -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cli(llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a command on the tiny model in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIA_MODEL", str(llama.path))
+    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
+
+    def run(*words: str, code: int = 0) -> Any:
+        result = CliRunner().invoke(app, [*words, "-t", "1"])
+        assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
+        return result
+
+    return run
+
+
+def test_a_vector_says_what_it_was_made_of_and_eval_what_it_asks_again(
+    cli: Callable[..., Any],
+) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra probes)")
+    Path("q.jsonl").write_text(
+        "\n".join(_row(question=f"{x}?") for x in ("cat", "dog", "red", "sky"))
+    )
+    train = ("iti", "train", "q.jsonl", "-o", "v.safetensors", "--heads", "2")
+    cli(*train, "--items", "..1", "--bos")
+    found = load("v.safetensors").metadata
+    assert found["data"] == "q.jsonl" and found["items"] == "0..1" and found["bos"] == "true"
+    assert found["data_sha256"] == hashlib.sha256(Path("q.jsonl").read_bytes()).hexdigest()
+
+    words = ("iti", "eval", "v.safetensors", "q.jsonl", "--items")
+    held_out = cli(*words, "2..", "--json", "--per-token", "--no-bos")
+    assert held_out.stderr == ""
+    document = json.loads(held_out.stdout)
+    assert document["vector"] == "v.safetensors" and document["items"] == "2..3"
+    assert document["bos"] is False and document["per_token"] is True
+    assert "made from items 0..1 of this q.jsonl" in cli(*words, "..2").stderr
+    assert "give at least two" in cli(*words, "3", code=1).stderr

@@ -259,3 +259,30 @@ def test_the_largest_coefficient_within_the_budget(llama: Tiny) -> None:
         steering.choose_coefficient(llama.model, p, [s], 1e-6, candidates=(4.0, 8.0))
     with pytest.raises(UsageError, match="budget of 0 is not positive"):
         steering.choose_coefficient(llama.model, p, [s], 0)
+
+
+def test_the_largest_size_of_negative_coefficients(llama: Tiny, monkeypatch: Any) -> None:
+    s, p = Steering(vector(llama, 1)), [llama.prompt()]
+    size = (-0.1, -0.2, -8.0)
+    choice = steering.choose_coefficient(llama.model, p, [s], 0.2, candidates=size)
+    assert choice.coeff == -0.2 and choice.kl[-8.0] > 0.2
+    with pytest.raises(UsageError, match=r"within a mean KL of 1e-06: -4 gives .*, the least"):
+        steering.choose_coefficient(llama.model, p, [s], 1e-6, candidates=(-8.0, -4.0))
+    # each by itself: 2 is within though 1 is not; of 2 and -2 the one of less KL
+    kl = {0.5: 0.1, 1.0: 0.9, 2.0: 0.2, -2.0: 0.15, 4.0: 3.0}
+    monkeypatch.setattr(steering, "mean_kl", lambda *_, **__: list(kl.values()))
+    choice = steering.choose_coefficient(llama.model, p, [s], 0.5, candidates=list(kl))
+    assert choice == steering.Choice(-2.0, kl)
+
+
+def test_no_budget_for_an_operator_without_a_coefficient(llama: Tiny) -> None:
+    s, p = Steering(vector(llama, 1), "ablate"), [llama.prompt()]
+    with pytest.raises(UsageError, match="'ablate' has no coefficient"):
+        steering.choose_coefficient(llama.model, p, [s], 9, candidates=(1.0, 2.0))
+    assert steering.choose_coefficient(llama.model, p, [s], 99, candidates=(1.0,)).coeff == 1
+
+
+def test_a_function_is_shown_by_its_name(llama: Tiny) -> None:
+    for op in (halfway, "test_steering:halfway"):
+        (row,) = steering.explain(llama.model, Steering(vector(llama, 1), op).edits())
+        assert row["operator"] == f"{__name__}:halfway"

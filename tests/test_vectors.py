@@ -52,6 +52,23 @@ def test_scaling() -> None:
         A / 0
 
 
+def test_what_grows_too_large_is_an_error_and_no_warning() -> None:
+    big = Vector({1: np.full(WIDTH, 3e38)})
+    for grow in (
+        lambda: 10 * big,
+        lambda: big + big,
+        lambda: big - -big,
+        lambda: big / 1e-9,
+        lambda: big.without(big),
+    ):
+        with pytest.raises(UsageError, match="layer 1 has numbers that are not finite"):
+            grow()
+    with pytest.raises(UsageError, match="layer 1 has numbers that are not finite"):
+        1e300 * big
+    with pytest.raises(UsageError, match="real, not complex"):
+        Vector({1: np.ones(4, np.complex64)})
+
+
 def test_numbers_of_vectors() -> None:
     assert A.dot(B) == {i: pytest.approx(float(A[i] @ B[i])) for i in (1, 2)}
     assert A.norms == {i: pytest.approx(np.linalg.norm(A[i])) for i in (0, 1, 2)}
@@ -297,6 +314,31 @@ def _text(tmp: Path) -> Path:
     return tmp / "t.safetensors"
 
 
+def _mixed(tmp: Path) -> Path:
+    from safetensors.numpy import save_file
+
+    rows = np.ones(4, np.float32)
+    save_file({"direction.1": rows, "mlp_out.2": rows}, tmp / "x.safetensors")
+    return tmp / "x.safetensors"
+
+
+def _complex(tmp: Path) -> Path:
+    np.save(tmp / "c.npy", np.ones((2, 4), np.complex64))
+    return tmp / "c.npy"
+
+
+def _huge(tmp: Path) -> Path:
+    np.save(tmp / "h.npy", np.full((2, 4), 1e300))
+    return tmp / "h.npy"
+
+
+def _huge_tensor(tmp: Path) -> Path:
+    from safetensors.numpy import save_file
+
+    save_file({"direction.1": np.full(4, 1e300)}, tmp / "h.safetensors")
+    return tmp / "h.safetensors"
+
+
 def _flat(tmp: Path) -> Path:
     np.save(tmp / "f.npy", np.ones(4))
     return tmp / "f.npy"
@@ -310,6 +352,10 @@ def _flat(tmp: Path) -> Path:
         (_widths, "layer 2 has shape"),
         (_cut, "cut.gguf"),
         (_text, "not a safetensors file"),
+        (_mixed, r"x.safetensors mixes direction.1 and mlp_out.2"),
+        (_complex, "c.npy: a direction's numbers are real, not complex"),
+        (_huge, "layer 0 has numbers that are not finite"),
+        (_huge_tensor, "layer 1 has numbers that are not finite"),
         (_flat, r"shape \(4,\)"),
         (lambda tmp: tmp / "gone.gguf", "there is no file"),
     ],

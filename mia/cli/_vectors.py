@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mia.cli._output import notice
 from mia.errors import UsageError
 
 if TYPE_CHECKING:
+    from mia.cli._options import OutputOptions
     from mia.model import Model
     from mia.vectors import Vector
 
@@ -24,14 +26,48 @@ BosOption = Annotated[
 SeedOption = Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")]
 
 
-def load_vector(text: str) -> Vector:
-    """A vector file, or arithmetic with several: "french.gguf - 0.5*formal.gguf"."""
+def load_vector(
+    text: str, model: Model | None = None, output: OutputOptions | None = None
+) -> Vector:
+    """A vector file, or arithmetic with several: "french.gguf - 0.5*formal.gguf".
+
+    With a model, a notice about each file that was made on another one.
+    """
     from mia.vector_expression import combine
     from mia.vectors import load
 
+    def read(name: str) -> Vector:
+        vector = load(name)
+        made_on = vector.metadata.get("model_sha256")
+        if model is not None and output is not None and made_on not in (None, model.file_hash):
+            known = vector.metadata.get("model", "unknown")
+            notice(f"{name} was made on another model, {known}", output)
+        return vector
+
     if Path(text).exists() or not any(c in text for c in "+-*/() "):
-        return load(text)
-    return combine(text, lambda name: load(name).renamed(Path(name).stem))
+        return read(text)
+    return combine(text, lambda name: read(name).renamed(Path(name).stem))
+
+
+def steered_layers(
+    vector: Vector, text: str | None, model: Model, what: str, output: OutputOptions
+) -> list[int]:
+    """Those of the vector's layers that an option allows; a notice names the ones it has not."""
+    if text is None:
+        return vector.layers
+    wanted = layer_list(text, model, ())
+    found = vector.at(wanted).layers
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        names = ", ".join(map(str, missing))
+        many = "s" if len(missing) > 1 else ""
+        notice(f"{what} has no layer{many} {names}: it is not steered there", output)
+    return found
+
+
+def described(text: str, vector: Vector, layers: Sequence[int]) -> dict[str, Any]:
+    """A vector that steers, as a document has it."""
+    return {"vector": text, "site": vector.site, "layers": list(layers)}
 
 
 def numbers(text: str, what: str) -> list[float]:
@@ -69,8 +105,6 @@ def item_range(text: str | None, items: Sequence[Any]) -> list[Any]:
 
 def save_vector(vector: Vector, path: str, output: Any, *, layer_zero: bool = False) -> None:
     """Writes it, and says what llama.cpp's format leaves out."""
-    from mia.cli._output import notice
-
     left_out = vector.save(path, layer_zero=layer_zero)
     if left_out:
         notice(

@@ -48,7 +48,7 @@ def prompt_text(o: PromptOptions) -> str:
     if o.prompt_file == "-":
         return sys.stdin.read()
     try:
-        return Path(o.prompt_file).read_text(encoding="utf-8")
+        return Path(o.prompt_file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as err:
         reason = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
         raise FileError(f"cannot read the prompt from {o.prompt_file}: {reason}") from err

@@ -15,7 +15,7 @@ from mia.cli._options import (
     PromptOptions,
     command,
 )
-from mia.cli._output import finish, progress
+from mia.cli._output import finish, model_facts, progress, token_list
 from mia.cli.run import BaselineOption, generate, print_generation
 from mia.errors import UsageError
 
@@ -49,13 +49,25 @@ def actadd(
         _change("--layer", help="Before which block; once, or for each --plus. Default 6."),
     ] = None,
     compare: Annotated[
-        int, _change("--compare", help="Show N steered and unsteered samples beside each other.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--compare",
+            help="Show N steered and unsteered samples beside each other.",
+            rich_help_panel=CHANGES,
+            min=1,
+        ),
+    ] = None,
     baseline: BaselineOption = True,
 ) -> None:
     """Add the difference of two prompts' activations to the first tokens of a prompt."""
     from mia.methods import actadd as method
 
+    if compare is not None and not baseline:
+        raise UsageError("--compare shows the unsteered samples too; it takes no --no-baseline")
+    if compare is not None and generation.temperature == 0:
+        raise UsageError(
+            "--compare shows samples; give --temperature (1 is the model's own, 0 always the same)"
+        )
     with _work.open_model(model) as m:
         ids = _work.prompt_tokens(m, prompt)
         additions = _additions(m, plus, minus or [], coeff or [1.0], layer or [6])
@@ -64,12 +76,12 @@ def actadd(
         edits = method.edits(m, additions, len(ids), bos=bos)
         if not bos:
             _work.warn_first_tokens(m, ids, [0], output)
-        if not compare:
+        added = [_described(m, a, bos) for a in additions]
+        if compare is None:
             document, _ = generate(m, ids, edits, generation, baseline=baseline, output=output)
+            document["additions"] = added
             finish(document, output, lambda: print_generation(document))
             return
-        from mia.cli._output import model_facts, token_list
-
         with progress("sampling", output):
             samples = method.compare(
                 m,
@@ -82,6 +94,7 @@ def actadd(
         document = {
             "model": model_facts(m),
             "tokens": token_list(m, ids),
+            "additions": added,
             "samples": [
                 {"seed": s.seed, "baseline": s.plain, "output": s.steered} for s in samples
             ],
@@ -103,6 +116,21 @@ def _additions(
     layers = layers * n if len(layers) == 1 else layers
     made = zip(plus, minus, coeffs, layers, strict=True)
     return [Addition(p, q, c, i + m.n_layer if i < 0 else i) for p, q, c, i in made]
+
+
+def _described(m: Model, a: Addition, bos: bool) -> dict[str, Any]:
+    """An addition with the tokens of both texts as they are set against each other."""
+    from mia.methods.actadd import padded
+
+    plus, minus = padded(m, a.plus, a.minus, bos=bos)
+    return {
+        "plus": a.plus,
+        "minus": a.minus,
+        "coeff": a.coeff,
+        "layer": a.layer,
+        "plus_tokens": token_list(m, plus),
+        "minus_tokens": token_list(m, minus),
+    }
 
 
 def _print(samples: list[dict[str, Any]]) -> None:

@@ -20,7 +20,17 @@ from mia.cli._vectors import (
     rounded,
     save_vector,
 )
-from mia.cli.vector import FileOption, JsonOption, LayerZeroOption, QuietOption, facts
+from mia.cli.vector import (
+    FileOption,
+    JsonOption,
+    LayerZeroOption,
+    QuietOption,
+    check_vector_file,
+    facts,
+    in_file,
+    made_of,
+    say_where_from,
+)
 from mia.errors import UsageError
 
 ItemsOption = Annotated[
@@ -66,7 +76,6 @@ def train(
     quiet: QuietOption = False,
 ) -> None:
     """The mean difference at the answer's letter. Several behaviours: -o '{name}.gguf'."""
-    from mia.files import check_writable
     from mia.methods import caa
 
     output = OutputOptions(json=json, quiet=quiet)
@@ -74,20 +83,24 @@ def train(
     files = [out.replace("{name}", n) for n in names]
     if len(set(files)) < len(files):
         raise UsageError(f"{len(data)} behaviours need {len(data)} files: -o '{{name}}.gguf'")
+    if equal_norm and len(data) < 2:
+        raise UsageError("--equal-norm is for several behaviours; one is given")
     for f in files:
-        check_writable(f)
-    sets = [item_range(items, caa.load_items(d)) for d in data]
+        check_vector_file(f)
+    sets = [caa.load_items(d) for d in data]
+    chosen = [item_range(items, range(len(s))) for s in sets]
     with _work.open_model(model) as m:
         vectors = []
-        for name, some in zip(names, sets, strict=True):
+        for d, name, found, at in zip(data, names, sets, chosen, strict=True):
+            some = [found[i] for i in at]
             with progress(f"reading {name}", output) as bar:
-                vectors.append(
-                    caa.train(m, some, bos=bos, name=name, by_text=by_text, progress=bar)
-                )
+                v = caa.train(m, some, bos=bos, name=name, by_text=by_text, progress=bar)
+            vectors.append(made_of(v, [caa.find_items(d)], at))
         if equal_norm:
             vectors = caa.equal_norms(vectors)
         for v, f in zip(vectors, files, strict=True):
             save_vector(v, f, output, layer_zero=layer_zero)
+        vectors = [in_file(v, f, layer_zero) for v, f in zip(vectors, files, strict=True)]
         document = {
             "model": model_facts(m),
             "vectors": [{"file": f, **facts(v)} for v, f in zip(vectors, files, strict=True)],
@@ -128,10 +141,15 @@ def evaluate(
 
     v = load_vector(vector)
     factors = numbers(multipliers, "--multipliers")
-    some = item_range(items, caa.load_items(data))
+    found = caa.load_items(data)
+    at = item_range(items, range(len(found)))
+    if len(at) < 2:
+        raise UsageError("one question has no interval; give at least two by --items")
+    some = [found[i] for i in at]
     if plot is not None:
         plots.check_picture(plot)
     with _work.open_model(model) as m:
+        say_where_from(v, vector, caa.find_items(data), at, m, output)
         chosen = layer_list(layers, m, v.layers[::3])
         with progress("asking", output) as bar:
             table = caa.evaluate(
@@ -159,8 +177,12 @@ def evaluate(
         ]
         document = {
             "model": model_facts(m),
+            "vector": vector,
             "data": data,
             "n_items": len(some),
+            "items": f"{at[0]}..{at[-1]}",
+            "bos": m.adds_bos if bos is None else bos,
+            "by_text": by_text,
             "seed": seed,
             "p_matching_plain": rounded(plain),
             "table": rows,

@@ -19,7 +19,15 @@ from mia.cli._vectors import (
     save_vector,
 )
 from mia.cli.caa import ItemsOption
-from mia.cli.vector import FileOption, JsonOption, QuietOption, facts
+from mia.cli.vector import (
+    FileOption,
+    JsonOption,
+    QuietOption,
+    check_vector_file,
+    facts,
+    made_of,
+    say_where_from,
+)
 from mia.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +38,8 @@ if TYPE_CHECKING:
 DataArgument = Annotated[
     str,
     typer.Argument(
-        help="JSONL with question, correct_answers, incorrect_answers; or a shipped A/B set, "
+        help="JSONL with question, correct_answers, incorrect_answers, perhaps best_answer; or a "
+        "shipped A/B set, "
         "whose matching answers count as incorrect."
     ),
 ]
@@ -62,21 +71,23 @@ def train(
     import numpy as np
 
     from mia import plots
-    from mia.files import check_writable
-    from mia.methods import iti
+    from mia.methods import caa, iti
 
     output = OutputOptions(json=json, quiet=quiet)
     if not out.endswith(".safetensors"):
         raise UsageError(f"{out}: vectors of heads are written as .safetensors")
-    check_writable(out)
+    check_vector_file(out, "head_out")
     if plot is not None:
         plots.check_picture(plot)
-    questions = item_range(items, iti.load_questions(data))
+    found = iti.load_questions(data)
+    at = item_range(items, range(len(found)))
+    questions = [found[i] for i in at]
     with _work.open_model(model) as m, progress("reading", output) as bar:
         rng = np.random.default_rng(seed)
         vector, accuracy = iti.train(
             m, questions, k=heads, rng=rng, folds=folds, bos=bos, progress=bar
         )
+        vector = made_of(vector, [caa.find_items(data)], at)
         document: dict[str, Any] = {
             "model": model_facts(m),
             "file": out,
@@ -119,15 +130,20 @@ def evaluate(
     """Multiple choice (MC1, MC2) with and without, and generated answers beside each other."""
     import numpy as np
 
-    from mia.methods import iti
+    from mia.methods import caa, iti
     from mia.methods.steering import check_fits
     from mia.stats import bootstrap
 
     v = load_vector(vector)
     alphas = [0.0, *[a for a in numbers(alpha, "--alpha") if a]]
-    questions = item_range(items, iti.load_questions(data))
+    found = iti.load_questions(data)
+    at = item_range(items, range(len(found)))
+    if len(at) < 2:
+        raise UsageError("one question has no interval; give at least two by --items")
+    questions = [found[i] for i in at]
     with _work.open_model(model) as m:
         check_fits(m, v, vector)
+        say_where_from(v, vector, caa.find_items(data), at, m, output)
         scores = []
         for a in alphas:
             with progress(f"alpha {a:g}", output) as bar:
@@ -148,8 +164,12 @@ def evaluate(
         ]
         document: dict[str, Any] = {
             "model": model_facts(m),
+            "vector": vector,
             "data": data,
             "n_questions": len(questions),
+            "items": f"{at[0]}..{at[-1]}",
+            "bos": m.adds_bos if bos is None else bos,
+            "per_token": per_token,
             "seed": seed,
             "scores": rows,
         }

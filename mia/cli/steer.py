@@ -17,7 +17,7 @@ from mia.cli._options import (
     command,
 )
 from mia.cli._output import finish, model_facts, notice, progress, token_list
-from mia.cli._vectors import layer_list, load_vector, numbers
+from mia.cli._vectors import described, load_vector, numbers, steered_layers
 from mia.cli.run import BaselineOption
 from mia.errors import UsageError
 
@@ -44,8 +44,9 @@ def steer(
         list[str], typer.Argument(help='Vector files, or arithmetic: "a.gguf - 0.5*b.gguf".')
     ],
     coeff: Annotated[
-        str, _change("--coeff", help="How much; several (0.5,1,2) are shown side by side.")
-    ] = "1",
+        str | None,
+        _change("--coeff", help="How much; several (0.5,1,2) are shown side by side. Default 1."),
+    ] = None,
     layers: Annotated[
         str | None, _change("--layers", help="10-16, 3,7 …; default: all that the vector has.")
     ] = None,
@@ -72,8 +73,8 @@ def steer(
         float | None,
         _change(
             "--kl-budget",
-            help="Choose the largest of the coefficients whose mean KL from the unsteered run "
-            "stays below this (nats per token).",
+            help="Choose, of the coefficients of --coeff (default 0.25 to 16), the one of largest "
+            "size whose mean KL from the unsteered run is at most this (nats per token).",
         ),
     ] = None,
     explain: Annotated[
@@ -87,30 +88,43 @@ def steer(
         ),
     ] = None,
     samples: Annotated[
-        int, _change("--samples", help="Texts to measure, with seeds that follow --seed.")
-    ] = 20,
+        int | None,
+        _change("--samples", help="Texts to measure, with seeds that follow --seed. Default 20."),
+    ] = None,
     baseline: BaselineOption = True,
 ) -> None:
     """Continue a prompt while vectors are added to what the model computes."""
     from mia.methods import steering
 
+    _check(operator, coeff, kl_budget, words, samples, baseline)
     with _work.open_model(model) as m:
         ids = _work.prompt_tokens(m, prompt)
         tokens, generated = _when(from_token_idx, prompt_only, generated_only, len(ids))
-        steerings = []
+        steerings, found = [], []
         for text in vectors:
-            vector = load_vector(text)
+            vector = load_vector(text, m, output)
             steering.check_fits(m, vector, text)
-            chosen = None if layers is None else layer_list(layers, m, ())
+            chosen = steered_layers(vector, layers, m, text, output)
+            found.append(described(text, vector, chosen))
             steerings.append(
                 steering.Steering(
                     vector, operator, 1.0, chosen, tokens, generated, keep_norm=normalize
                 )
             )
-        document: dict[str, Any] = {"model": model_facts(m), "tokens": token_list(m, ids)}
-        coeffs = numbers(coeff, "--coeff")
-        if kl_budget is not None:
-            candidates = steering.CANDIDATES if coeff == "1" else tuple(coeffs)
+        document: dict[str, Any] = {
+            "model": model_facts(m),
+            "tokens": token_list(m, ids),
+            "steering": {
+                "vectors": found,
+                "operator": operator,
+                "tokens": "prompt" if prompt_only else "generated" if generated_only else "all",
+                "from_token_idx": from_token_idx,
+                "normalize": normalize,
+            },
+        }
+        coeffs = numbers(coeff or "1", "--coeff")
+        if kl_budget is not None and not explain:
+            candidates = steering.CANDIDATES if coeff is None else tuple(coeffs)
             choice = steering.choose_coefficient(
                 m, [ids], steerings, kl_budget, candidates=candidates
             )
@@ -120,13 +134,37 @@ def steer(
             notice(f"coefficient {choice.coeff:g}: mean KL {choice.kl[choice.coeff]:.3f}", output)
         edits = [[e for s in steerings for e in replace(s, coeff=c).edits()] for c in coeffs]
         if explain:
-            return _explain(m, document, edits, output)
+            # what a budget chooses, and each coefficient of --words, runs by itself
+            alone = len(edits) == 1 or words is not None or kl_budget is not None
+            return _explain(m, document, edits[0], alone, output)
         if words is not None:
-            return _measure(m, ids, document, coeffs, edits, generation, words, samples, output)
+            n = 20 if samples is None else samples
+            return _measure(m, ids, document, coeffs, edits, generation, words, n, output)
         with progress("running", output) as bar:
             results, plain = _run(m, ids, edits, generation, baseline, bar)
         document |= _outputs(m, coeffs, results, plain)
         finish(document, output, lambda: _print(document))
+
+
+def _check(
+    operator: str,
+    coeff: str | None,
+    kl_budget: float | None,
+    words: str | None,
+    samples: int | None,
+    baseline: bool,
+) -> None:
+    """Raises `UsageError` where an option would do nothing."""
+    from mia.methods.steering import WITHOUT_COEFF
+
+    if operator in WITHOUT_COEFF:
+        for name, value in (("--coeff", coeff), ("--kl-budget", kl_budget)):
+            if value is not None:
+                raise UsageError(f"--operator {operator} has no coefficient; run it without {name}")
+    if samples is not None and words is None:
+        raise UsageError("--samples is for --words")
+    if words is not None and not baseline:
+        raise UsageError("--words measures beside the unsteered run; it takes no --no-baseline")
 
 
 def _when(
@@ -204,11 +242,11 @@ def _print(document: dict[str, Any]) -> None:
 
 
 def _explain(
-    m: Model, document: dict[str, Any], edits: list[list[Edit]], output: OutputOptions
+    m: Model, document: dict[str, Any], edits: list[Edit], alone: bool, output: OutputOptions
 ) -> None:
     from mia.methods.steering import explain
 
-    document["explain"] = explain(m, edits[0], alone=len(edits) == 1)
+    document["explain"] = explain(m, edits, alone=alone)
 
     def human() -> None:
         for row in document["explain"]:

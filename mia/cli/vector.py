@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +14,7 @@ from mia.cli import _work
 from mia.cli._options import ModelOptions, OutputOptions, command
 from mia.cli._output import finish, model_facts, notice, progress, visible
 from mia.cli._vectors import BosOption, layer_list, load_vector, save_vector
+from mia.errors import UsageError
 
 if TYPE_CHECKING:
     from mia.model import Model
@@ -20,6 +25,7 @@ FileOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No notices on stderr.")]
+_SHOWN = ("name", "model", "aggregator", "read", "method", "n_pairs", "n_items", "data", "items")
 LayerZeroOption = Annotated[
     bool, typer.Option("--layer-zero", help="Keep layer 0 in a GGUF, which llama.cpp refuses.")
 ]
@@ -38,7 +44,9 @@ def train(
     model: ModelOptions,
     data: Annotated[
         list[str],
-        typer.Argument(help="Pairs: JSONL or CSV with positive and negative, or two text files."),
+        typer.Argument(
+            help="Pairs: JSONL, JSON or CSV with positive and negative, or two text files."
+        ),
     ],
     out: FileOption,
     site: Annotated[
@@ -60,39 +68,120 @@ def train(
     quiet: QuietOption = False,
 ) -> None:
     """Find a direction from pairs of texts that differ in one thing."""
-    from pathlib import Path
-
-    from mia.errors import UsageError
-    from mia.files import check_writable
     from mia.methods import extract
-    from mia.sites import LAYERED, Site, parse_many
+    from mia.shipped import find_text
+    from mia.sites import parse_layers
 
     output = OutputOptions(json=json, quiet=quiet)
-    check_writable(out)
+    name, site_layers = _site(site, output)
+    if site_layers is not None and layers is not None:
+        raise UsageError(f"--site {site!r} names layers, and so does --layers; give one of them")
+    check_vector_file(out, name)
     extract.aggregator(method)
     pairs = extract.load_pairs(*data)
     with _work.open_model(model) as m:
-        named = parse_many(_work.edit_site(site, output), m.n_layer)[0]
-        if named.name not in LAYERED or named.name == "attn_pattern":
-            raise UsageError(
-                f"--site {site!r}: a vector is of a site with layers and one row a token"
-            )
-        chosen = layer_list(layers, m, range(m.n_layer))
+        if site_layers is None:
+            chosen = layer_list(layers, m, range(m.n_layer))
+        else:
+            chosen = parse_layers(site_layers, m.n_layer, site)
         _warn_bos(m, bos, output)
         with progress("reading", output) as bar:
             vector = extract.train(
                 m,
                 pairs,
-                site=Site(named.name, 0).name,
+                site=name,
                 layers=chosen,
                 read=read,
                 method=method,
                 bos=bos,
                 progress=bar,
             ).renamed(Path(out).stem)
+        vector = made_of(vector, [find_text(d) for d in data], range(len(pairs)))
         save_vector(vector, out, output, layer_zero=layer_zero)
-        document = {"model": model_facts(m), "file": out, **facts(vector)}
-        finish(document, output, lambda: _print_norms(vector))
+        written = in_file(vector, out, layer_zero)
+        document = {"model": model_facts(m), "file": out, **facts(written)}
+        finish(document, output, lambda: _print_norms(written))
+
+
+def _site(text: str, output: OutputOptions) -> tuple[str, str | None]:
+    """The site's name, and its layers as they were typed, or None."""
+    from mia.sites import BY_KEY, LAYERED, split_spelling
+
+    name, layers = split_spelling(_work.edit_site(text, output).strip())
+    if name not in LAYERED or name in BY_KEY:
+        raise UsageError(f"--site {text!r}: a vector is of a site with layers and one row a token")
+    return name, layers
+
+
+def check_vector_file(out: str, site: str = "resid_post") -> None:
+    """Sees before any work that a vector of this site can be written there.
+
+    Raises:
+        UsageError: another ending, or one that cannot hold the site.
+        FileError: the file cannot be written.
+    """
+    from mia.files import check_writable
+
+    check_writable(out)
+    suffix = Path(out).suffix
+    if suffix not in (".gguf", ".safetensors"):
+        raise UsageError(f"{out}: a vector file ends in .gguf or .safetensors")
+    if suffix == ".gguf" and site != "resid_post":
+        raise UsageError(
+            f"{out}: a control-vector GGUF is for resid_post; this is {site}, which .safetensors can hold"
+        )
+
+
+def made_of(vector: Vector, paths: Sequence[Path], items: Sequence[int]) -> Vector:
+    """With the data files' names and hashes, and which of their items it was learned from."""
+    from mia.shipped import file_facts
+
+    found = {**file_facts(paths), "items": f"{items[0]}..{items[-1]}"}
+    return replace(vector, metadata={**vector.metadata, **found})
+
+
+def say_where_from(
+    vector: Vector, shown: str, data: Path, items: Sequence[int], m: Model, output: OutputOptions
+) -> None:
+    """Notices about a vector of another model, or one learned from items that it is tried on."""
+    from mia.shipped import file_facts
+
+    sha = file_facts([data])["data_sha256"]
+    models, overlaps = [], []
+    for made in _sources(vector):
+        if made.get("model_sha256", m.file_hash) != m.file_hash:
+            models.append(made.get("model", "unknown"))
+        ends = re.fullmatch(r"(\d+)\.\.(\d+)", str(made.get("items")))
+        if ends and sha in str(made.get("data_sha256")).split():
+            both = [i for i in items if int(ends[1]) <= i <= int(ends[2])]
+            overlaps += [f"{both[0]}..{both[-1]}"] if both else []
+    for name in dict.fromkeys(models):
+        notice(f"{shown} was made on another model, {name}", output)
+    for span in dict.fromkeys(overlaps):
+        notice(
+            f"{shown} was made from items {span} of this {data.name}, which are asked again; give "
+            "other --items",
+            output,
+        )
+
+
+def _sources(vector: Vector) -> Iterable[Mapping[str, str]]:
+    """What is known of a vector, or of each that arithmetic made it from."""
+    import json
+
+    try:
+        found = json.loads(vector.metadata["sources"])
+    except (KeyError, ValueError):
+        return [vector.metadata]
+    rows = found.values() if isinstance(found, dict) else []
+    return [x for x in rows if isinstance(x, dict)]
+
+
+def in_file(vector: Vector, out: str, layer_zero: bool) -> Vector:
+    """What `save_vector` wrote of it: a GGUF has no layer 0 by default."""
+    if layer_zero or not out.endswith(".gguf"):
+        return vector
+    return vector.at([i for i in vector.layers if i])
 
 
 def _warn_bos(m: Model, bos: bool | None, output: OutputOptions) -> None:
@@ -127,7 +216,7 @@ def show(
 
     def human() -> None:
         for key, value in vector.metadata.items():
-            if key in ("name", "model", "aggregator", "read", "method", "n_pairs", "n_items"):
+            if key in _SHOWN:
                 print(f"{key}: {value}")
         print(f"site: {vector.site}")
         for row in document["layers"]:
@@ -179,11 +268,10 @@ def convert(
 
 
 def _write(vector: Vector, out: str, layer_zero: bool, output: OutputOptions) -> None:
-    from mia.files import check_writable
-
-    check_writable(out)
+    check_vector_file(out, vector.site)
     save_vector(vector, out, output, layer_zero=layer_zero)
-    finish({"file": out, **facts(vector)}, output, lambda: _print_norms(vector))
+    written = in_file(vector, out, layer_zero)
+    finish({"file": out, **facts(written)}, output, lambda: _print_norms(written))
 
 
 def facts(vector: Vector) -> dict[str, Any]:

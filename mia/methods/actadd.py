@@ -54,14 +54,17 @@ class Sample:
 
 
 def padded(model: Model, plus: str, minus: str, *, bos: bool | None = None) -> list[list[int]]:
-    """Token ids of both, the shorter with space tokens on its right."""
-    space = model.tokenize(" ", bos=False)
+    """Token ids of both, the shorter with space tokens on its right.
+
+    Raises `UsageError` where both are empty, or the vocabulary has no token for a space."""
+    if not plus and not minus:
+        raise UsageError("plus and minus are both empty")
+    # the space inside a text: alone, SentencePiece puts a second one in front of it
+    space = model.continuation(":", " ")
     if len(space) != 1:
         raise UsageError(f"{model.name} has no token for a space to pad with")
     ids = [model.tokenize(t, bos=bos) for t in (plus, minus)]
     n = max(map(len, ids))
-    if n == 0:
-        raise UsageError("plus and minus are both empty")
     return [x + space * (n - len(x)) for x in ids]
 
 

@@ -10,10 +10,11 @@
 | answer-matching probability | `Table.p`: P(matching) / (P(A) + P(B)), next after "("    |
 
 Where we deviate: the vector is added at every token after the user's message (in the
-paper's Llama 2 template that is after `[/INST]`); "(" and the letter are tokenized by
-themselves, so that the letter is one token in any vocabulary; a model without a chat
-template reads the question, a blank line and "Answer: (". `by_text` reads and scores
-the answers themselves instead of their letters.
+paper's Llama 2 template that is after `[/INST]`); "(" and the letter are tokenized each as
+what follows the text before it, so that the letter is one token; a model without a chat
+template reads the question, a blank line and "Answer: (". "(" has a space in front but
+where a template ends in a line end or a space. `by_text` reads and scores the answers
+themselves instead of their letters.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from mia.methods.extract import Activations, aggregate
 from mia.methods.perplexity import TokenLoss
 from mia.methods.steering import Steering, check_fits
 from mia.request import Capture, Request
+from mia.shipped import read_text
 from mia.sites import Site
 from mia.stats import Interval, bootstrap
 from mia.vectors import Vector
@@ -76,26 +78,25 @@ def shipped() -> list[str]:
     )
 
 
+def find_items(source: str | Path) -> Path:
+    """A shipped set by name, or a file. Raises `FileError` where it is neither."""
+    if str(source) in shipped():
+        return Path(str(resources.files("mia"))) / "data" / "ab" / f"{source}.json"
+    if not Path(source).is_file():
+        raise FileError(
+            f"there is no file {source}, nor a shipped set; shipped: {', '.join(shipped())}"
+        )
+    return Path(source)
+
+
 def load_items(source: str | Path) -> list[Item]:
     """Items of a JSON file as the CAA repository has them, or of a shipped set by name.
 
     Raises:
         FileError: no such file, not such JSON, or no items in it.
     """
-    if str(source) in shipped():
-        text = (resources.files("mia") / "data" / "ab" / f"{source}.json").read_text("utf-8")
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise FileError(
-                f"there is no file {source}, nor a shipped set; shipped: {', '.join(shipped())}"
-            )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as err:
-            raise FileError(f"cannot read {source}: {err}") from err
     try:
-        rows = json.loads(text)
+        rows = json.loads(read_text(find_items(source)))
     except ValueError as err:
         raise FileError(f"{source} is not JSON: {err}") from err
     if not isinstance(rows, list) or not rows:
@@ -128,7 +129,7 @@ def prompt(model: Model, item: Item, *, bos: bool | None = None, by_text: bool =
     try:
         text = model.chat(question)
     except UsageError:
-        text = f"{question}\n\nAnswer:" if by_text else f"{question}\n\nAnswer: "
+        text = f"{question}\n\nAnswer:"
     end = text.rfind(question.strip()) + len(question.strip())
     tokens = model.tokenize(text, bos=bos)
     n_user = len(tokens)
@@ -137,7 +138,7 @@ def prompt(model: Model, item: Item, *, bos: bool | None = None, by_text: bool =
         n_user -= 1
     if by_text:
         return Prompt(tokens, n_user, by_letter=False)
-    return Prompt([*tokens, *model.continuation(text, "(")], n_user)
+    return Prompt([*tokens, *answer_tokens(model, tokens, "(")], n_user)
 
 
 def choices(item: Item) -> tuple[str, str, str]:
@@ -158,7 +159,8 @@ def choices(item: Item) -> tuple[str, str, str]:
 
 
 def answer_tokens(model: Model, begun: Sequence[int], answer: str) -> list[int]:
-    """An answer after "A:" begins with a space, after a template's line end it does not."""
+    """An answer, or its "(", after "A:" begins with a space, after a template's line end it does
+    not."""
     before = model.piece(begun[-1])
     glue = "" if before.endswith(("\n", " ")) else " "
     return model.continuation(before, glue + answer.strip())
@@ -170,10 +172,18 @@ def _answers(
     """The prompt, and the tokens of the matching and of the other answer."""
     begun = prompt(model, item, bos=bos, by_text=by_text)
     if not by_text:
-        return begun, [model.token_id(item.matching)], [model.token_id(item.other)]
+        return begun, _letter(model, item.matching), _letter(model, item.other)
     _, *texts = choices(item)
     matching, other = (answer_tokens(model, begun.tokens, t) for t in texts)
     return begun, matching, other
+
+
+def _letter(model: Model, letter: str) -> list[int]:
+    """A letter after "(": alone, a SentencePiece vocabulary would put a space in front."""
+    tokens = model.continuation("(", letter)
+    if len(tokens) != 1:
+        raise UsageError(f"the letter {letter!r} after '(' is {len(tokens)} tokens, not one")
+    return tokens
 
 
 # -- the vector ----------------------------------------------------------------------
@@ -223,6 +233,7 @@ def train(
         name=name,
         n_items=str(len(items)),
         read="the answer's tokens" if by_text else "the answer's letter",
+        bos=model.adds_bos if bos is None else bos,
         architecture=model.architecture,
     )
     return aggregate(Activations(rows(0), rows(1), "resid_post", facts), "mean")

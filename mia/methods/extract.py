@@ -19,7 +19,7 @@ Layer i is the site's row in block i, all layers in one pass.
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from mia.edits import resolve_tokens
 from mia.errors import FileError, MiaError, RangeError, UsageError
 from mia.plugins import load_function
 from mia.request import Capture, Request
-from mia.shipped import find_text, read_lines, read_text
+from mia.shipped import find_text, read_lines, read_rows, read_text, split_lines
 from mia.sites import Site
 from mia.vectors import Vector
 
@@ -65,45 +65,52 @@ class Pair:
 
 
 def load_pairs(*paths: str | Path) -> list[Pair]:
-    """Pairs from a JSONL or CSV file with `positive` and `negative`, from two text files, a
-    line for each text, or of a shipped set by name (`sentiment`, `french`, `weddings`).
+    """Pairs from a JSONL or CSV file or JSON array with `positive` and `negative`, from two text
+    files, a line for each text, or of a shipped set by name (`sentiment`, `french`, `weddings`).
 
     Raises:
         FileError: a file that cannot be read, is empty, or lacks a field.
-        UsageError: two files with unequal numbers of lines.
+        UsageError: two files with unequal numbers of lines, or a line blank in one only.
     """
     if len(paths) == 2:
-        lines = [read_lines(p) for p in paths]
-        if len(lines[0]) != len(lines[1]):
-            raise UsageError(
-                f"{paths[0]} has {len(lines[0])} texts and {paths[1]} has {len(lines[1])}; "
-                "pairs need as many of each"
-            )
-        return [Pair(p, n) for p, n in zip(*lines, strict=True)]
+        return _line_pairs(*paths)
     if len(paths) != 1:
         raise UsageError(f"{len(paths)} files are given; pairs come from one file, or from two")
     path = find_text(paths[0])
-    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
+    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else read_rows(path)
     pairs = [_pair(row, f"{path}, {where}") for where, row in rows]
     if not pairs:
         raise FileError(f"{path} is empty; pairs have a positive and a negative text")
     return pairs
 
 
-def _json_rows(path: Path) -> list[tuple[str, Any]]:
-    rows = []
-    for n, line in enumerate(read_text(path).splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append((f"line {n}", json.loads(line)))
-            except ValueError as err:
-                raise FileError(f"{path}, line {n} is not JSON: {err}") from err
-    return rows
+def _line_pairs(positive: str | Path, negative: str | Path) -> list[Pair]:
+    """Line n of one file with line n of the other; where both are blank there is no pair."""
+    n_texts = [len(read_lines(p)) for p in (positive, negative)]
+    lines = [split_lines(read_text(p)) for p in (positive, negative)]
+    # a blank line that is dropped from one file alone would pair all later texts wrongly
+    for n, (p, q) in enumerate(zip(*lines, strict=False), 1):
+        if bool(p.strip()) != bool(q.strip()):
+            blank, other = (negative, positive) if p.strip() else (positive, negative)
+            raise UsageError(f"{blank}, line {n} is blank, and that of {other} is not")
+    if n_texts[0] != n_texts[1]:
+        raise UsageError(
+            f"{positive} has {n_texts[0]} texts and {negative} has {n_texts[1]}; "
+            "pairs need as many of each"
+        )
+    return [Pair(p, q) for p, q in zip(*lines, strict=False) if p.strip()]
 
 
 def _csv_rows(path: Path) -> list[tuple[str, Any]]:
-    reader = csv.DictReader(read_text(path).splitlines(keepends=True))
-    return [(f"row {n}", row) for n, row in enumerate(reader, 1)]
+    rows = []
+    try:
+        for n, row in enumerate(csv.DictReader(io.StringIO(read_text(path))), 1):
+            if None in row:  # where the reader keeps what has no header
+                raise FileError(f"{path}, row {n} has more fields than the header; quote commas")
+            rows.append((f"row {n}", row))
+    except csv.Error as err:
+        raise FileError(f"{path} is not CSV that can be read: {err}") from err
+    return rows
 
 
 def _pair(row: Any, where: str) -> Pair:
@@ -217,6 +224,7 @@ def extract(
     chosen = list(range(model.n_layer)) if layers is None else list(layers)
     sites = [Site(site, i) for i in chosen]
     requests = []
+    seen = []  # what the model has read of each text by then
     for pair in ready:
         for text, own in ((pair.positive, pair.read_positive), (pair.negative, pair.read_negative)):
             tokens = model.tokenize(text, bos=bos)
@@ -224,13 +232,22 @@ def extract(
                 raise UsageError(f"the text {text!r} has no tokens")
             at = read_positions(model, tokens, read if own is None else str(own))
             requests.append(Request(tokens, captures=[Capture(sites, tokens=at)], logits=None))
+            seen.append((tokens[: max(at) + 1], at))
     results = model.run(requests, progress=progress)
+    for k in range(0, len(seen), 2):
+        if seen[k] == seen[k + 1]:  # or rounding, on a GPU above all, would look like a difference
+            results[k + 1] = results[k]
 
     def rows(first: int, s: Site) -> Array:
         return np.stack([r.captures[s].mean(0) for r in results[first::2]])  # (n_pairs, width)
 
     facts = provenance(
-        model, site=site, read=read, n_pairs=str(len(ready)), architecture=model.architecture
+        model,
+        site=site,
+        read=read,
+        n_pairs=str(len(ready)),
+        bos=model.adds_bos if bos is None else bos,
+        architecture=model.architecture,
     )
     return Activations(
         {s.layer: rows(0, s) for s in sites if s.layer is not None},
@@ -289,26 +306,45 @@ def aggregator(name: str | Aggregator) -> Aggregator:
 
 
 def aggregate(activations: Activations, method: str | Aggregator = "mean") -> Vector:
-    """One direction per layer.
+    """One direction per layer; zero at a layer where nothing differs yet, as at `attn_norm.0`
+    of texts that end in the same token.
 
     Raises:
-        UsageError: an unknown aggregator; unequal numbers of positives and negatives; a
-            user's function that makes something else of (n, width) than (width,).
+        UsageError: an unknown aggregator; unequal numbers of positives and negatives; texts
+            that differ at no layer; a user's function that makes something else of (n, width)
+            than (width,).
     """
     f = aggregator(method)
+    ours = f in AGGREGATORS.values()  # a user's function may do without differences
     label = method if isinstance(method, str) else getattr(method, "__name__", "a function")
     directions = {}
+    some_differ = False
     for layer, positive in activations.positive.items():
         negative = activations.negative[layer]
         if len(positive) != len(negative):
             raise UsageError(
                 f"{len(positive)} positive and {len(negative)} negative activations are no pairs"
             )
+        differs = _differs(positive, negative)
+        some_differ |= differs
+        if ours and not differs:
+            directions[layer] = np.zeros(positive.shape[1:], np.float32)
+            continue
         v = np.asarray(f(positive, negative), np.float32)
         if v.shape != positive.shape[1:]:
             raise UsageError(f"{label} made {v.shape} of pairs of {positive.shape}")
         directions[layer] = v
+    if ours and directions and not some_differ:
+        read = activations.metadata.get("read", "last")
+        raise UsageError(f"the texts do not differ at the token read ({read}); read another one")
     return Vector(directions, activations.site, {**activations.metadata, "aggregator": label})
+
+
+def _differs(positive: Array, negative: Array) -> bool:
+    """Whether any difference is more than rounding, which depends on the batch that a token is in."""
+    scale = float(np.abs(positive).max(initial=0))
+    # what is not a number counts, so that the vector made of it is refused
+    return not float(np.abs(positive - negative).max(initial=0)) <= 1e-6 * scale
 
 
 def train(

@@ -18,11 +18,10 @@ question and answer only, folds keep a question's answers together.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +32,7 @@ from mia.errors import FileError, RangeError, UsageError
 from mia.methods import caa
 from mia.methods.perplexity import TokenLoss
 from mia.request import Capture, Request
+from mia.shipped import read_rows
 from mia.sites import Site
 from mia.vectors import Vector
 
@@ -44,7 +44,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question with answers that are right and answers that are not."""
+    """A question with answers that are right, the best one first, and answers that are not."""
 
     question: str
     correct: tuple[str, ...]
@@ -52,38 +52,44 @@ class Question:
 
 
 def load_questions(source: str | Path) -> list[Question]:
-    """JSONL with `question`, `correct_answers`, `incorrect_answers` (lists, as TruthfulQA), or
-    a set of A/B items (`mia.methods.caa.load_items`), whose matching answer is the incorrect one.
+    """JSONL with `question`, `correct_answers`, `incorrect_answers` (lists, as TruthfulQA) and
+    perhaps `best_answer`, or a set of A/B items (`mia.methods.caa.load_items`), whose matching
+    answer is the incorrect one.
 
     Raises:
         FileError: no such file, a missing field, or nothing in it.
     """
-    path = Path(source)
-    if path.suffix != ".jsonl":
+    path = caa.find_items(source)
+    if path.suffix.lower() != ".jsonl":
         return [_from_ab(item) for item in caa.load_items(source)]
-    out = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-        raise FileError(f"cannot read {path}: {err}") from err
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            q = Question(
-                row["question"], tuple(row["correct_answers"]), tuple(row["incorrect_answers"])
-            )
-        except (ValueError, KeyError, TypeError) as err:
-            raise FileError(
-                f"{path}, line {n}: question, correct_answers and incorrect_answers are needed ({err})"
-            ) from err
-        if not q.correct or not q.incorrect:
-            raise FileError(f"{path}, line {n}: an answer of each kind is needed")
-        out.append(q)
+    out = [_question(row, f"{path}, {where}") for where, row in read_rows(path)]
     if not out:
         raise FileError(f"{path} is empty; a question for each line is needed")
     return out
+
+
+def _question(row: Any, where: str) -> Question:
+    row = row if isinstance(row, dict) else {}
+    question = row.get("question")
+    if not _is_text(question):
+        raise FileError(f"{where}: there is no text 'question'")
+    answers = []
+    for key in ("correct_answers", "incorrect_answers"):
+        found = row.get(key)
+        if not isinstance(found, list) or not found or not all(map(_is_text, found)):
+            raise FileError(f"{where}: {key!r} is {found!r:.60}; a list of texts is needed")
+        answers.append(found)
+    best = row.get("best_answer")
+    if best is not None:
+        if not _is_text(best):
+            raise FileError(f"{where}: 'best_answer' is {best!r:.60}; a text is needed")
+        # MC1 asks for the first one
+        answers[0] = [best, *(a for a in answers[0] if a.strip() != best.strip())]
+    return Question(question, tuple(answers[0]), tuple(answers[1]))
+
+
+def _is_text(x: Any) -> bool:
+    return isinstance(x, str) and bool(x.strip())
 
 
 def _from_ab(item: caa.Item) -> Question:
@@ -218,6 +224,7 @@ def train(
         method="iti",
         n_questions=str(len(questions)),
         heads=[f"{a}.{b}" for a, b in heads],
+        bos=model.adds_bos if bos is None else bos,
         architecture=model.architecture,
     )
     vector = Vector({i: v.ravel() for i, v in by_layer.items()}, "head_out", facts)

@@ -52,6 +52,8 @@ _OPS = {
     "cap": "cap",
 }
 OPERATORS = tuple(_OPS)
+#: those that no coefficient changes
+WITHOUT_COEFF = ("ablate",)
 #: what `choose_coefficient` tries where nothing else is said
 CANDIDATES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 
@@ -83,7 +85,7 @@ class Steering:
         Raises `UsageError` where the operator is not known or the vector has none of the layers.
         """
         chosen = self.vector if self.layers is None else self.vector.at(self.layers)
-        op = self.op
+        op, name = self.op, self.op if isinstance(self.op, str) else ""
         if isinstance(op, str) and op not in _OPS:
             if ":" not in op:
                 raise UsageError(
@@ -94,7 +96,7 @@ class Steering:
         for layer in chosen.layers:
             v = chosen[layer]
             if not isinstance(op, str):
-                what, value, coeff = _bound(op, v, self.coeff), None, 1.0
+                what, value, coeff = _bound(op, v, self.coeff, name), None, 1.0
             elif op == "replace":
                 what, value, coeff = "replace", np.float32(self.coeff) * v, 1.0
             else:
@@ -117,8 +119,14 @@ class Steering:
         check_fits(model, self.vector)
 
 
-def _bound(f: Operator, v: Array, c: float) -> Any:
-    return lambda rows: f(rows, v, c)
+def _bound(f: Operator, v: Array, c: float, name: str) -> Any:
+    def bound(rows: Array) -> Array:
+        return f(rows, v, c)
+
+    # what `explain` shows
+    own = getattr(f, "__qualname__", type(f).__name__)
+    bound.__name__ = name or f"{getattr(f, '__module__', '')}:{own}"
+    return bound
 
 
 def check_fits(model: Model, vector: Vector, source: str | None = None) -> None:
@@ -276,13 +284,22 @@ def choose_coefficient(
     candidates: Sequence[float] = CANDIDATES,
     n_predict: int = 16,
 ) -> Choice:
-    """The largest coefficient whose mean KL from the unsteered run stays within a budget.
+    """The coefficient of largest size whose mean KL from the unsteered run stays within a budget.
+
+    Of c and -c that both do, the one of less KL. Each candidate is judged by itself: where KL
+    is not monotone in the size, a coefficient may be chosen though a smaller one is beyond the
+    budget (`Choice.kl` has them all).
 
     Raises:
-        UsageError: none does, or the budget is not positive.
+        UsageError: none does, the budget is not positive, or several candidates are given for
+            operators that have no coefficient.
     """
     if not budget > 0:
         raise UsageError(f"a KL budget of {budget} is not positive")
+    if len(candidates) > 1 and all(s.op in WITHOUT_COEFF for s in steerings):
+        raise UsageError(
+            f"operator {steerings[0].op!r} has no coefficient that a KL budget could choose"
+        )
     edits = [[e for s in steerings for e in replace(s, coeff=c).edits()] for c in candidates]
     found = mean_kl(model, prompts, edits, n_predict=n_predict)
     kl = {float(c): float(k) for c, k in zip(candidates, found, strict=True)}
@@ -291,8 +308,9 @@ def choose_coefficient(
         least = min(kl, key=lambda c: kl[c])
         raise UsageError(
             f"no coefficient stays within a mean KL of {budget:g}: {least:g} gives {kl[least]:.3g}"
+            + (", the least" if len(kl) > 1 else "")
         )
-    return Choice(max(within), kl)
+    return Choice(max(within, key=lambda c: (abs(c), -kl[c])), kl)
 
 
 def _log_softmax(logits: Array) -> npt.NDArray[np.float64]:
