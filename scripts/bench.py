@@ -101,8 +101,11 @@ class Bench:
     def direction(self) -> np.ndarray:
         return self.rng.normal(size=self.model.n_embd).astype(np.float32)
 
-    def plain(self, tokens: Sequence[int], n_predict: int = 0) -> list[int]:
-        """llama.cpp's decode and nothing else: the prompt, then greedily n_predict tokens."""
+    def plain(
+        self, tokens: Sequence[int], n_predict: int = 0, directions: np.ndarray | None = None
+    ) -> list[int]:
+        """llama.cpp's decode and nothing else: the prompt, then greedily n_predict tokens, under
+        its own control vector where `directions` (n_layer - 1, n_embd) are given."""
         if self._plain is None:
             params = _ggml.ContextParams(
                 n_ctx=512,
@@ -116,6 +119,7 @@ class Bench:
             self._plain = _ggml.Context(self.model._llama, params)
         context, out = self._plain, list[int]()
         context.clear()
+        context.set_control_vector(directions)
         ids, start = np.asarray(tokens, np.int32), 0
         while True:
             n = len(ids)
@@ -209,10 +213,12 @@ def steer(bench: Bench) -> None:
     m = bench.model
     prompt, short = bench.tokens(N_PREFILL), bench.tokens(4)
 
-    def against_plain(what: str, edits: Sequence[Edit], target: float) -> None:
+    def against_plain(
+        what: str, edits: Sequence[Edit], target: float, vector: np.ndarray | None = None
+    ) -> None:
         ratios = bench.compare(
             lambda: m.run([generating(short, edits=edits)]),
-            lambda: bench.plain(short, N_DECODE),
+            lambda: bench.plain(short, N_DECODE, vector),
             rounds=5 * bench.rounds,  # half a second each, and only hundredths apart
         )
         bench.add(f"decode of {N_DECODE}, {what} / llama.cpp", ratios, target=target)
@@ -223,6 +229,8 @@ def steer(bench: Bench) -> None:
         for i in range(1, m.n_layer)
     ]
     against_plain("steered at every layer by a vector", vectors, 0.98)
+    same = np.stack([np.asarray(e.value) for e in vectors])
+    against_plain("the same vector in both", vectors, 0.98, same)
     ratios = bench.compare(
         lambda: m.run([Request(prompt, edits=vectors)]), lambda: bench.plain(prompt)
     )
