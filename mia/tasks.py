@@ -276,8 +276,16 @@ class Split:
     test: tuple[Pair, ...]
 
 
-def split(task: Task, rng: np.random.Generator, *, n_test: int = 100, n_dev: int = 40) -> Split:
-    """Shuffles a task and cuts it: at most 60 % of it is test, at most 20 % dev.
+def split(
+    task: Task,
+    rng: np.random.Generator,
+    *,
+    n_test: int = 100,
+    n_dev: int = 40,
+    shots: int = 0,
+) -> Split:
+    """Shuffles a task and cuts it: at most 60 % of it is test, at most 20 % dev, and less of it test
+    where train would not have `shots` examples and a query.
 
     Raises `RangeError` where less than one pair would be left of a part."""
     if n_test < 1 or n_dev < 1:
@@ -289,6 +297,12 @@ def split(task: Task, rng: np.random.Generator, *, n_test: int = 100, n_dev: int
     if not n_test or not n_dev:
         raise RangeError(
             f"{task.name} has {n} pairs; at least 5 are needed for train, dev and test"
+        )
+    n_test = min(n_test, n - n_dev - shots - 1)
+    if n_test < 1:
+        raise RangeError(
+            f"{task.name} has {n} pairs, too few for {shots} examples in a prompt (--shots) and queries to "
+            "try them on"
         )
     order = [task.pairs[i] for i in rng.permutation(n)]
     test, dev = order[:n_test], order[n_test : n_test + n_dev]

@@ -151,6 +151,19 @@ def test_a_split_shares_nothing_and_repeats_itself() -> None:
         tasks.split(task, np.random.default_rng(0), n_test=0, n_dev=1)
 
 
+def test_a_split_leaves_enough_to_draw_from() -> None:
+    """A command over all tasks must not end at the smallest."""
+    small = Task("small", _pairs(50))
+    parts = tasks.split(small, np.random.default_rng(0), shots=10)
+    assert (len(parts.train), len(parts.dev), len(parts.test)) == (11, 10, 29)
+    same = tasks.split(small, np.random.default_rng(0), shots=9)
+    assert same == tasks.split(small, np.random.default_rng(0))
+    with pytest.raises(RangeError, match="small has 50 pairs, too few for 40 examples in a prompt"):
+        tasks.split(small, np.random.default_rng(0), shots=40)
+    for entry in tasks.index():
+        tasks.split(tasks.load(entry["name"]), np.random.default_rng(0), shots=10)
+
+
 def test_draw_never_takes_the_query() -> None:
     pool = _pairs(6)
     for seed in range(20):

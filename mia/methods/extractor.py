@@ -101,7 +101,7 @@ class Extractor:
         """
         self.model, self.task, self.fmt, self.shots, self.seed = model, task, fmt, shots, seed
         self.bos = (model.bos_token >= 0) if bos is None else bos
-        parts = parts or split(task, self.rng("split"), n_test=n_test, n_dev=n_dev)
+        parts = parts or split(task, self.rng("split"), n_test=n_test, n_dev=n_dev, shots=shots)
         self.train, self.dev, self.test = parts.train, parts.dev, parts.test
         #: called as the requests of a run finish
         self.progress: Progress | None = None
