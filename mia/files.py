@@ -1,4 +1,4 @@
-"""Files: written beside and renamed, so that nothing is ever half-written."""
+"""Files: read whole, and written beside and renamed, so that nothing is ever half-written."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from mia.errors import FileError
+
+
+def read_utf8(path: str | Path, shown: str = "") -> str:
+    """A text file, with or without the BOM that some editors write.
+
+    Raises `FileError` naming `shown`, by default the path."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as err:
+        reason = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
+        raise FileError(f"cannot read {shown or path}: {reason}") from err
 
 
 def check_writable(path: str | Path) -> Path:

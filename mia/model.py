@@ -178,6 +178,10 @@ class Model:
         """Whether `tokenize` puts a BOS in front by default."""
         return self._llama.add_bos() if self._bos is None else self._bos
 
+    def wants_bos(self, bos: bool | None) -> bool:
+        """What `bos` means here: None is the model's default."""
+        return self.adds_bos if bos is None else bos
+
     def tokenize(self, text: str, *, bos: bool | None = None, special: bool = True) -> list[int]:
         """Token ids of a text.
 
@@ -189,7 +193,7 @@ class Model:
             UsageError: a BOS is asked for and the vocabulary has none.
         """
         ids = self._llama.tokenize(text, special=special)
-        if self.adds_bos if bos is None else bos:
+        if self.wants_bos(bos):
             if self.bos_token < 0:
                 raise UsageError(f"{self.name} has no BOS token; run without --bos")
             if not ids or ids[0] != self.bos_token:

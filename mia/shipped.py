@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from mia.errors import FileError
+from mia.files import file_sha256, read_utf8
 
 
 def contrast_names() -> list[str]:
@@ -38,30 +38,39 @@ def find_text(source: str | Path) -> Path:
 
 def read_text(source: str | Path) -> str:
     """The text of `find_text`. Raises `FileError` where it cannot be read."""
-    path = find_text(source)
-    try:
-        return path.read_text(encoding="utf-8-sig")  # some editors write a BOM
-    except (OSError, UnicodeDecodeError) as err:
-        reason = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
-        raise FileError(f"cannot read {source}: {reason}") from err
+    return read_utf8(find_text(source), str(source))
 
 
-def read_lines(source: str | Path) -> list[str]:
-    """Its lines that are not blank. Raises `FileError` where there is none."""
-    found = [x for x in split_lines(read_text(source)) if x.strip()]
+def lines_of(text: str) -> dict[int, str]:
+    """Lines that are not blank by their number, as an editor counts them: `str.splitlines` also
+    ends one at a U+2028 or form feed."""
+    return {n: x for n, x in enumerate(text.split("\n"), 1) if x.strip()}
+
+
+def read_lines(source: str | Path) -> dict[int, str]:
+    """`lines_of` a text. Raises `FileError` where it has none."""
+    found = lines_of(read_text(source))
     if not found:
         raise FileError(f"{source} is empty; a text for each line is needed")
     return found
 
 
-def split_lines(text: str) -> list[str]:
-    """Lines as an editor counts them: `str.splitlines` also ends one at a U+2028 or form feed."""
-    return text.removesuffix("\n").split("\n")
+def json_lines(
+    text: str, source: str | Path, read: Callable[[str], Any] = json.loads
+) -> list[tuple[str, Any]]:
+    """(where, value) for each line that is not blank. Raises `FileError` naming the line that
+    is no JSON."""
+    rows = []
+    for n, line in lines_of(text).items():
+        try:
+            rows.append((f"line {n}", read(line)))
+        except ValueError as err:
+            raise FileError(f"{source}, line {n} is not JSON: {err}") from err
+    return rows
 
 
 def read_rows(source: str | Path) -> list[tuple[str, Any]]:
-    """(where, value) for each line of a JSONL file that is not blank, or for each item of a
-    JSON array. Raises `FileError` naming the line that is no JSON."""
+    """`json_lines`, or (where, value) for each item of a JSON array. Raises `FileError`."""
     text = read_text(source)
     try:
         whole = json.loads(text)
@@ -69,17 +78,12 @@ def read_rows(source: str | Path) -> list[tuple[str, Any]]:
         whole = None
     if isinstance(whole, list):
         return [(f"item {i}", row) for i, row in enumerate(whole)]
-    rows = []
-    for n, line in enumerate(split_lines(text), 1):
-        if line.strip():
-            try:
-                rows.append((f"line {n}", json.loads(line)))
-            except ValueError as err:
-                raise FileError(f"{source}, line {n} is not JSON: {err}") from err
-    return rows
+    return json_lines(text, source)
 
 
 def file_facts(paths: Sequence[Path]) -> dict[str, str]:
     """What a result says of the data that it was made of: the files' names and SHA-256."""
-    hashes = [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths]
-    return {"data": ", ".join(p.name for p in paths), "data_sha256": " ".join(hashes)}
+    return {
+        "data": ", ".join(p.name for p in paths),
+        "data_sha256": " ".join(map(file_sha256, paths)),
+    }

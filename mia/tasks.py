@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from mia.errors import FileError, RangeError, UsageError
+from mia.files import read_utf8
+from mia.shipped import json_lines
 
 _FOLDER = Path(__file__).with_name("data") / "tasks"
 _DEALS = 256  # how many times answers are shuffled, to find a deal with few right ones
@@ -122,11 +124,7 @@ def read_pairs(path: str | Path) -> tuple[Pair, ...]:
     """The pairs of a file in any of the three formats; a pair that is there twice counts once.
 
     Raises `FileError` naming the place, or both places of an input with different answers."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # some editors write a BOM
-    except (OSError, UnicodeDecodeError) as err:
-        reason = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
-        raise FileError(f"cannot read the task {path}: {reason}") from err
+    text = read_utf8(path, f"the task {path}")
     found: dict[str, tuple[Pair, str]] = {}
     for where, row in _rows(text, path):
         pair = _pair(row, f"{path}, {where}")
@@ -160,14 +158,7 @@ def _rows(text: str, path: str | Path) -> list[tuple[str, Any]]:
         if len(parts) == 2 or (parts and len(whole) < 5):
             return [("line 1", whole)]
         return [(f"key {k!r}", {"input": k, "output": v}) for k, v in whole.items()]
-    rows = []
-    for n, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 in a text
-        if line.strip():
-            try:
-                rows.append((f"line {n}", read(line)))
-            except ValueError as err:
-                raise FileError(f"{path}, line {n} is not JSON: {err}") from err
-    return rows
+    return json_lines(text, path, read)
 
 
 def _object(path: str | Path, items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -78,6 +78,13 @@ class Vector:
     def name(self) -> str:
         return self.metadata.get("name", "vector")
 
+    @property
+    def sources(self) -> list[Mapping[str, str]]:
+        """What is known of it or, where arithmetic made it, of each vector that it was made from."""
+        if "sources" not in self.metadata:
+            return [self.metadata]
+        return list(json.loads(self.metadata["sources"]).values())
+
     def __getitem__(self, layer: int) -> Array:
         """The direction of a layer, (width,). Raises `UsageError` naming those there are."""
         if layer not in self.directions:
@@ -242,16 +249,10 @@ class Vector:
             FileError: the file cannot be written.
         """
         path = Path(path)
+        check_suffix(path, self.site)
         if path.suffix == ".safetensors":
             self._save_safetensors(path)
             return []
-        if path.suffix != ".gguf":
-            raise UsageError(f"{path}: a vector file ends in .gguf or .safetensors")
-        if self.site != "resid_post":
-            raise UsageError(
-                f"{path}: a control-vector GGUF is for resid_post; {self.name} belongs to "
-                f"{self.site}, which .safetensors can hold"
-            )
         kept = {i: v for i, v in self.directions.items() if i or layer_zero}
         if not kept:
             raise UsageError(
@@ -278,6 +279,17 @@ class Vector:
         arrays = {f"direction.{i}": np.ascontiguousarray(v) for i, v in self.directions.items()}
         metadata = {**self.metadata, "site": self.site}
         write_whole(path, lambda p: save_file(arrays, p, metadata=metadata))
+
+
+def check_suffix(path: str | Path, site: str) -> None:
+    """Raises `UsageError` where no vector file ends so, or none that can hold the site."""
+    suffix = Path(path).suffix
+    if suffix not in (".gguf", ".safetensors"):
+        raise UsageError(f"{path}: a vector file ends in .gguf or .safetensors")
+    if suffix == ".gguf" and site != "resid_post":
+        raise UsageError(
+            f"{path}: a control-vector GGUF is for resid_post; this vector belongs to {site}, which .safetensors can hold"
+        )
 
 
 def load(path: str | Path) -> Vector:

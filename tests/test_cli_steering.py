@@ -302,7 +302,7 @@ def test_a_vector_of_another_model_is_said(path: Path) -> None:
     v = load("v.gguf")
     for name, facts in (("own", {"model_sha256": sha}), ("alien", {"model_sha256": "0" * 64})):
         Vector(v.directions, metadata={**facts, "model": "big"}).save(f"{name}.gguf")
-    said = "mia: alien.gguf was made on another model, big\n"
+    said = "was made on another model, big\n"
     Path("on.txt").write_text("The cat is red\n")
     for words in (
         ("steer", "alien.gguf", "-p", PROMPT, "-n", "1"),
@@ -310,7 +310,8 @@ def test_a_vector_of_another_model_is_said(path: Path) -> None:
         ("perplexity", "-p", PROMPT, "--steer", "alien.gguf"),
         ("perplexity", "--sweep", "layers", "--on", "on.txt", "--steer", "alien.gguf"),
     ):
-        assert run(*words).stderr == said
+        stderr = run(*words).stderr
+        assert stderr.endswith(said) and stderr.count("\n") == 1 and "alien.gguf" in stderr
         assert run(*words, "-q").stderr == ""
     assert run("steer", "own.gguf", "-p", PROMPT, "-n", "1").stderr == ""
 

@@ -19,7 +19,7 @@ def test_a_sentiment_vector_brings_positive_words_at_a_bearable_price(smollm2: M
     assert {r["path"] for r in steering.explain(smollm2, edits)} == {"control vector"}
 
     ids = smollm2.tokenize("I went to the cinema and the film was", bos=True)
-    words = set(read_lines("positive_words"))
+    words = set(read_lines("positive_words").values())
     shares = []
     for changes in ([], edits):
         samples = [Sampling(temperature=1.0, seed=i) for i in range(24)]

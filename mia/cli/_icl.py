@@ -12,6 +12,7 @@ import typer
 
 from mia.cli._options import OutputOptions, _option
 from mia.cli._output import notice, progress
+from mia.cli._vectors import say_other_model
 from mia.errors import UsageError
 
 if TYPE_CHECKING:
@@ -187,8 +188,7 @@ def say_where_from(
     made = facts.get("method", "")
     if made and not made.startswith(method):
         raise UsageError(f"{path} is no {method}; it is a {made.split(':')[0]}")
-    if (sha := facts.get("model_sha256")) and sha != ex.model.file_hash:
-        notice(f"{path} was made on another model, {facts.get('model', 'unknown')}", output)
+    say_other_model([facts], path, ex.model, output)
     if (task := facts.get("task")) and task != ex.task.name:
         notice(f"{path} was made for the task {task}", output)
         return
@@ -278,15 +278,12 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_layers(curves: Mapping[str, Mapping[str, Any]]) -> None:
     """Accuracies of documents by layer, a row for each layer and a column for each curve."""
-    layers = sorted({int(i) for curve in curves.values() for i in curve})
-    if layers:
-        print()
-    cells = [
-        [f"{c[str(i)]['accuracy']:.2f}" if str(i) in c else "-" for c in curves.values()]
-        for i in layers
+    rows = [
+        [i, *(f"{c[i]['accuracy']:.2f}" if i in c else "-" for c in curves.values())]
+        for i in sorted({i for curve in curves.values() for i in curve}, key=int)
     ]
-    rows = [[str(i), *row] for i, row in zip(layers, cells, strict=True)]
     if rows:
+        print()
         print_table(["layer", *curves], rows)
 
 

@@ -207,7 +207,9 @@ class ChangeOptions:
         list[str] | None,
         _option("--steer", help="A vector file to add while running.", panel=CHANGES),
     ] = None
-    coeff: Annotated[float, _option("--coeff", help="How much of it.", panel=CHANGES)] = 1.0
+    coeff: Annotated[
+        float | None, _option("--coeff", help="How much of it; default 1.", panel=CHANGES)
+    ] = None
     steer_layers: Annotated[
         str | None,
         _option(

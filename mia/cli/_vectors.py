@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,22 +33,64 @@ def load_vector(
 ) -> Vector:
     """A vector file, or arithmetic with several: "french.gguf - 0.5*formal.gguf".
 
-    With a model, a notice about each file that was made on another one.
+    With a model, a notice where it was made on another one.
     """
     from mia.vector_expression import combine
     from mia.vectors import load
 
-    def read(name: str) -> Vector:
-        vector = load(name)
-        made_on = vector.metadata.get("model_sha256")
-        if model is not None and output is not None and made_on not in (None, model.file_hash):
-            known = vector.metadata.get("model", "unknown")
-            notice(f"{name} was made on another model, {known}", output)
-        return vector
-
     if Path(text).exists() or not any(c in text for c in "+-*/() "):
-        return read(text)
-    return combine(text, lambda name: read(name).renamed(Path(name).stem))
+        vector = load(text)
+    else:
+        vector = combine(text, lambda name: load(name).renamed(Path(name).stem))
+    if model is not None and output is not None:
+        say_other_model(vector.sources, text, model, output)
+    return vector
+
+
+def say_other_model(
+    sources: Iterable[Mapping[str, str]], shown: str, model: Model, output: OutputOptions
+) -> None:
+    """A notice about each other model that a vector was made on."""
+    others = [
+        s.get("model", "unknown")
+        for s in sources
+        if s.get("model_sha256", model.file_hash) != model.file_hash
+    ]
+    for name in dict.fromkeys(others):
+        notice(f"{shown} was made on another model, {name}", output)
+
+
+def say_where_from(
+    vector: Vector, shown: str, data: Path, items: Sequence[int], m: Model, output: OutputOptions
+) -> None:
+    """Notices about a vector of another model, or one learned from items that it is tried on."""
+    from mia.files import file_sha256
+
+    say_other_model(vector.sources, shown, m, output)
+    sha, overlaps = file_sha256(data), []
+    for made in vector.sources:
+        ends = re.fullmatch(r"(\d+)\.\.(\d+)", str(made.get("items")))
+        if ends and sha in str(made.get("data_sha256")).split():
+            both = [i for i in items if int(ends[1]) <= i <= int(ends[2])]
+            overlaps += [span(both)] if both else []
+    for shared in dict.fromkeys(overlaps):
+        notice(
+            f"{shown} was made from items {shared} of this {data.name}, which are asked again; give "
+            "other --items",
+            output,
+        )
+
+
+def made_of(vector: Vector, paths: Sequence[Path], items: Sequence[int]) -> Vector:
+    """With the data files' names and hashes, and which of their items it was learned from."""
+    from mia.shipped import file_facts
+
+    return replace(vector, metadata={**vector.metadata, **file_facts(paths), "items": span(items)})
+
+
+def span(items: Sequence[int]) -> str:
+    """Items as `item_range` reads them."""
+    return f"{items[0]}..{items[-1]}"
 
 
 def steered_layers(
@@ -101,6 +145,23 @@ def item_range(text: str | None, items: Sequence[Any]) -> list[Any]:
     if not 0 <= a <= b < len(items):
         raise UsageError(f"--items {text!r} is out of range; there are items 0 to {len(items) - 1}")
     return list(items[a : b + 1])
+
+
+def check_vector_file(out: str, site: str = "resid_post") -> None:
+    """Sees before any work that a vector of this site can be written there. Raises `UsageError`,
+    or `FileError` where the file cannot be written."""
+    from mia.files import check_writable
+    from mia.vectors import check_suffix
+
+    check_writable(out)
+    check_suffix(out, site)
+
+
+def in_file(vector: Vector, out: str, layer_zero: bool) -> Vector:
+    """What `save_vector` wrote of it: a GGUF has no layer 0 by default."""
+    if layer_zero or not out.endswith(".gguf"):
+        return vector
+    return vector.at([i for i in vector.layers if i])
 
 
 def save_vector(vector: Vector, path: str, output: Any, *, layer_zero: bool = False) -> None:

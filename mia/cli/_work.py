@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mia.cli._options import (
@@ -17,8 +16,8 @@ from mia.cli._options import (
     split_words,
 )
 from mia.cli._output import notice
-from mia.errors import FileError, RangeError, UsageError
-from mia.sites import BY_KEY, parse_layers, parse_many, reads_as_attn_out
+from mia.errors import RangeError, UsageError
+from mia.sites import BY_KEY, parse_many, reads_as_attn_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,11 +46,9 @@ def prompt_text(o: PromptOptions) -> str:
     assert o.prompt_file is not None
     if o.prompt_file == "-":
         return sys.stdin.read()
-    try:
-        return Path(o.prompt_file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as err:
-        reason = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
-        raise FileError(f"cannot read the prompt from {o.prompt_file}: {reason}") from err
+    from mia.files import read_utf8
+
+    return read_utf8(o.prompt_file, f"the prompt from {o.prompt_file}")
 
 
 def prompt_tokens(model: Model, o: PromptOptions) -> list[int]:
@@ -260,9 +257,13 @@ def change_edits(
     model: Model, o: ChangeOptions, tokens: list[int], output: OutputOptions
 ) -> list[Edit]:
     """All edits that the options of a command ask for."""
-    from mia import vectors
-    from mia.methods.steering import check_fits
+    return [*prompt_edits(model, o, tokens, output), *steer_edits(model, o, output)[0]]
 
+
+def prompt_edits(
+    model: Model, o: ChangeOptions, tokens: list[int], output: OutputOptions
+) -> list[Edit]:
+    """Those of --patch, --ablate, --select and --block."""
     edits: list[Edit] = []
     for site, file, from_text, to_text in split_words(o.patch):
         edits += patch_edits(
@@ -277,11 +278,27 @@ def change_edits(
         )
     touched = [i for e in edits for i in e.positions(len(tokens))]
     warn_first_tokens(model, tokens, touched, output)
-    edits += ablation_edits(model, o, tokens)
-    edits += block_edits(model, o, tokens)
-    layers = None if o.steer_layers is None else parse_layers(o.steer_layers, model.n_layer)
-    for path in o.steer or []:
-        vector = vectors.load(path)
-        check_fits(model, vector, path)
-        edits += vector.edits(coeff=o.coeff, layers=layers)
-    return edits
+    return [*edits, *ablation_edits(model, o, tokens), *block_edits(model, o, tokens)]
+
+
+def steer_edits(
+    model: Model, o: ChangeOptions, output: OutputOptions
+) -> tuple[list[Edit], dict[str, Any]]:
+    """Those of --steer, and what a document says of them."""
+    from mia.cli._vectors import described, load_vector, steered_layers
+    from mia.methods.steering import check_fits
+
+    if not o.steer:
+        for name, value in (("--coeff", o.coeff), ("--steer-layers", o.steer_layers)):
+            if value is not None:
+                raise UsageError(f"{name} needs --steer")
+        return [], {}
+    coeff = 1.0 if o.coeff is None else o.coeff
+    edits, vectors = [], []
+    for text in o.steer:
+        vector = load_vector(text, model, output)
+        check_fits(model, vector, text)
+        layers = steered_layers(vector, o.steer_layers, model, text, output)
+        edits += vector.edits(coeff=coeff, layers=layers)
+        vectors.append(described(text, vector, layers))
+    return edits, {"steer": vectors, "coeff": coeff}

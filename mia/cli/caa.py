@@ -13,23 +13,24 @@ from mia.cli._output import finish, model_facts, progress
 from mia.cli._vectors import (
     BosOption,
     SeedOption,
+    check_vector_file,
+    in_file,
     item_range,
     layer_list,
     load_vector,
+    made_of,
     numbers,
     rounded,
     save_vector,
+    say_where_from,
+    span,
 )
 from mia.cli.vector import (
     FileOption,
     JsonOption,
     LayerZeroOption,
     QuietOption,
-    check_vector_file,
     facts,
-    in_file,
-    made_of,
-    say_where_from,
 )
 from mia.errors import UsageError
 
@@ -180,8 +181,8 @@ def evaluate(
             "vector": vector,
             "data": data,
             "n_items": len(some),
-            "items": f"{at[0]}..{at[-1]}",
-            "bos": m.adds_bos if bos is None else bos,
+            "items": span(at),
+            "bos": m.wants_bos(bos),
             "by_text": by_text,
             "seed": seed,
             "p_matching_plain": rounded(plain),

@@ -12,21 +12,22 @@ from mia.cli._output import finish, model_facts, progress
 from mia.cli._vectors import (
     BosOption,
     SeedOption,
+    check_vector_file,
     item_range,
     load_vector,
+    made_of,
     numbers,
     rounded,
     save_vector,
+    say_where_from,
+    span,
 )
 from mia.cli.caa import ItemsOption
 from mia.cli.vector import (
     FileOption,
     JsonOption,
     QuietOption,
-    check_vector_file,
     facts,
-    made_of,
-    say_where_from,
 )
 from mia.errors import UsageError
 
@@ -74,8 +75,6 @@ def train(
     from mia.methods import caa, iti
 
     output = OutputOptions(json=json, quiet=quiet)
-    if not out.endswith(".safetensors"):
-        raise UsageError(f"{out}: vectors of heads are written as .safetensors")
     check_vector_file(out, "head_out")
     if plot is not None:
         plots.check_picture(plot)
@@ -167,8 +166,8 @@ def evaluate(
             "vector": vector,
             "data": data,
             "n_questions": len(questions),
-            "items": f"{at[0]}..{at[-1]}",
-            "bos": m.adds_bos if bos is None else bos,
+            "items": span(at),
+            "bos": m.wants_bos(bos),
             "per_token": per_token,
             "seed": seed,
             "scores": rows,

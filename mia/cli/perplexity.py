@@ -82,29 +82,37 @@ def perplexity(
     seed: SeedOption = 0,
 ) -> None:
     """How surprised the model is by a text, plain and under --steer, --ablate or --patch."""
-    for_sweep = {"--plus": plus, "--minus": minus, "--on": on, "--off": off, "--plot": plot}
-    if sweep is not None:
-        if sweep != "layers":
-            raise UsageError(f"--sweep {sweep!r} is not known; known: layers")
-        _refuse(
-            {"--window": window, "--stride": stride, **_not_swept(prompt, changes)},
-            "does nothing with --sweep",
-        )
-        if plus is None:
-            _refuse({"--minus": minus}, "needs --plus")
-        minus = " " if minus is None else minus
-        return _sweep(model, prompt, changes, output, on, off, plus, minus, plot, seed)
-    _refuse(for_sweep, "needs --sweep layers")
-    if not changes.steer:
-        coeff = changes.coeff if changes.coeff != 1 else None
-        _refuse({"--coeff": coeff, "--steer-layers": changes.steer_layers}, "needs --steer")
+    if sweep is None:
+        for_sweep = {"--plus": plus, "--minus": minus, "--on": on, "--off": off, "--plot": plot}
+        _refuse(for_sweep, "needs --sweep layers")
+        return _one_text(model, prompt, changes, output, window, stride)
+    if sweep != "layers":
+        raise UsageError(f"--sweep {sweep!r} is not known; known: layers")
+    _refuse(
+        {"--window": window, "--stride": stride, **_not_swept(prompt, changes)},
+        "does nothing with --sweep",
+    )
+    if plus is None:
+        _refuse({"--minus": minus}, "needs --plus")
+    minus = " " if minus is None else minus
+    _sweep(model, prompt, changes, output, on, off, plus, minus, plot, seed)
+
+
+def _one_text(
+    model: ModelOptions,
+    prompt: PromptOptions,
+    changes: ChangeOptions,
+    output: OutputOptions,
+    window: int | None,
+    stride: int | None,
+) -> None:
     from mia.methods.perplexity import perplexity as measure
 
     with _work.open_model(model) as m:
         ids = _work.prompt_tokens(m, prompt)
-        edits = _work.change_edits(m, changes, ids, output)
-        steered = _steered(m, changes, output)
-        how: dict[str, Any] = {"window": 256 if window is None else window, "stride": stride}
+        steering, steered = _work.steer_edits(m, changes, output)
+        edits = [*_work.prompt_edits(m, changes, ids, output), *steering]
+        how: dict[str, Any] = {"window": window or 256, "stride": stride}
         if how["window"] > m.n_ctx:
             notice(f"a window is no longer than the context; {m.n_ctx} is used", output)
         # the changed one first: what cannot be measured is refused before any work
@@ -122,25 +130,19 @@ def perplexity(
             "stride": stride,
             "n_windows": plain.n_windows,
             "perplexity": rounded(plain.value),
+            **steered,
         }
-        if steered:
-            document |= {"steer": steered, "coeff": changes.coeff}
         if changed is not None:
             document["changed"] = rounded(changed.value)
             document["ratio"] = rounded(changed.value / plain.value)
+        finish(document, output, lambda: _print_one(document))
 
-        def human() -> None:
-            windows = f", {plain.n_windows} windows of up to {plain.window}"
-            print(
-                f"perplexity {plain.value:.3f} over {len(plain.nll)} tokens"
-                f"{windows if plain.n_windows > 1 else ''}"
-            )
-            if changed is not None:
-                print(
-                    f"changed    {document['changed']:.3f}, {document['ratio']:.3f} times as much"
-                )
 
-        finish(document, output, human)
+def _print_one(d: dict[str, Any]) -> None:
+    windows = f", {d['n_windows']} windows of up to {d['window']}" if d["n_windows"] > 1 else ""
+    print(f"perplexity {d['perplexity']:.3f} over {d['n_scored']} tokens{windows}")
+    if "changed" in d:
+        print(f"changed    {d['changed']:.3f}, {d['ratio']:.3f} times as much")
 
 
 def _refuse(given: dict[str, Any], why: str) -> None:
@@ -164,16 +166,6 @@ def _not_swept(prompt: PromptOptions, o: ChangeOptions) -> dict[str, Any]:
         "--ablate-attention": o.ablate_attention,
         "--block": o.block,
     }
-
-
-def _steered(m: Model, changes: ChangeOptions, output: OutputOptions) -> list[dict[str, Any]]:
-    """The vectors of --steer as a document has them, with notices about them."""
-    found = []
-    for text in changes.steer or []:
-        vector = load_vector(text, m, output)
-        layers = steered_layers(vector, changes.steer_layers, m, text, output)
-        found.append(described(text, vector, layers))
-    return found
 
 
 def _sweep(
@@ -209,8 +201,7 @@ def _sweep(
         rng = np.random.default_rng(seed)
         rows: dict[str, Any] = {}
         for name, lines in given.items():
-            texts = [m.tokenize(t, bos=prompt.bos) for t in lines]
-            _check_lengths(m, texts, files[name])
+            texts = _texts(m, lines, prompt.bos, files[name])
             with progress(name, output) as bar:
                 found = by_layer(m, texts, edits, layers, progress=bar)
             if found.skipped:
@@ -229,21 +220,11 @@ def _sweep(
             "model": model_facts(m),
             "seed": seed,
             **injected,
-            "coeff": changes.coeff,
             "layers": layers,
             "sweep": rows,
         }
 
-        def human() -> None:
-            print("layer  " + "  ".join(f"{name + ' ratio [95 %]':<26s}" for name in rows))
-            for i, layer in enumerate(layers):
-                cells = [
-                    f"{r['ratio'][i]:.3f} [{r['interval'][i][0]:.3f}, {r['interval'][i][1]:.3f}]"
-                    for r in rows.values()
-                ]
-                print(f"{layer:5d}  " + "  ".join(f"{c:<26s}" for c in cells))
-
-        finish(document, output, human)
+        finish(document, output, lambda: _print_sweep(document))
     if plot is not None:
         figure = plots.curves(
             layers,
@@ -255,16 +236,25 @@ def _sweep(
         plots.save(figure, plot)
 
 
-def _check_lengths(m: Model, texts: list[list[int]], source: str) -> None:
-    """Raises `UsageError` naming the line that the context does not hold."""
-    from mia.shipped import read_text
+def _print_sweep(d: dict[str, Any]) -> None:
+    rows = d["sweep"].values()
+    print("layer  " + "  ".join(f"{name + ' ratio [95 %]':<26s}" for name in d["sweep"]))
+    for i, layer in enumerate(d["layers"]):
+        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(r["ratio"][i], *r["interval"][i]) for r in rows]
+        print(f"{layer:5d}  " + "  ".join(f"{c:<26s}" for c in cells))
 
-    numbers = [i for i, x in enumerate(read_text(source).splitlines(), 1) if x.strip()]
-    for line, tokens in zip(numbers, texts, strict=True):
+
+def _texts(m: Model, lines: dict[int, str], bos: bool | None, source: str) -> list[list[int]]:
+    """Tokens of each line. Raises `UsageError` naming a line that the context does not hold."""
+    texts = []
+    for n, line in lines.items():
+        tokens = m.tokenize(line, bos=bos)
         if len(tokens) > m.n_ctx:
             raise UsageError(
-                f"{source}, line {line}: {len(tokens)} tokens; the context holds {m.n_ctx}"
+                f"{source}, line {n}: {len(tokens)} tokens; the context holds {m.n_ctx}"
             )
+        texts.append(tokens)
+    return texts
 
 
 def _injection(
@@ -279,15 +269,16 @@ def _injection(
     from mia.methods import actadd
     from mia.methods.steering import check_fits
 
+    coeff = 1.0 if changes.coeff is None else changes.coeff
     if plus is not None:
         layers = layer_list(changes.steer_layers, m, range(m.n_layer))
         h = actadd.difference(m, actadd.Addition(plus, minus), layers, bos=bos)
 
         def front(layer: int, n: int) -> list[Edit]:
             # where a text is shorter than the addition, its first rows
-            return [actadd.front_edit(h[layer][:n], changes.coeff, layer, n)]
+            return [actadd.front_edit(h[layer][:n], coeff, layer, n)]
 
-        return front, layers, {"plus": plus, "minus": minus}
+        return front, layers, {"plus": plus, "minus": minus, "coeff": coeff}
     assert changes.steer
     if len(changes.steer) > 1:
         raise UsageError(
@@ -297,6 +288,6 @@ def _injection(
     vector = load_vector(text, m, output)
     check_fits(m, vector, text)
     layers = steered_layers(vector, changes.steer_layers, m, text, output)
-    by_layer = {i: vector.edits(coeff=changes.coeff, layers=[i]) for i in layers}
-    injected = {"steer": [described(text, vector, layers)]}
+    by_layer = {i: vector.edits(coeff=coeff, layers=[i]) for i in layers}
+    injected = {"steer": [described(text, vector, layers)], "coeff": coeff}
     return lambda layer, n: by_layer[layer], layers, injected

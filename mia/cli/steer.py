@@ -279,7 +279,7 @@ def _measure(
         raise UsageError(
             "--words measures sampled texts; give --temperature (1 is the model's own)"
         )
-    listed = {w.strip().lower() for w in read_lines(words)}
+    listed = {w.strip().lower() for w in read_lines(words).values()}
 
     sampling = _work.sampling(generation)
     with progress("sampling", output) as bar:

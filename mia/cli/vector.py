@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +10,15 @@ import typer
 from mia.cli import _work
 from mia.cli._options import ModelOptions, OutputOptions, command
 from mia.cli._output import finish, model_facts, notice, progress, visible
-from mia.cli._vectors import BosOption, layer_list, load_vector, save_vector
+from mia.cli._vectors import (
+    BosOption,
+    check_vector_file,
+    in_file,
+    layer_list,
+    load_vector,
+    made_of,
+    save_vector,
+)
 from mia.errors import UsageError
 
 if TYPE_CHECKING:
@@ -113,79 +118,8 @@ def _site(text: str, output: OutputOptions) -> tuple[str, str | None]:
     return name, layers
 
 
-def check_vector_file(out: str, site: str = "resid_post") -> None:
-    """Sees before any work that a vector of this site can be written there.
-
-    Raises:
-        UsageError: another ending, or one that cannot hold the site.
-        FileError: the file cannot be written.
-    """
-    from mia.files import check_writable
-
-    check_writable(out)
-    suffix = Path(out).suffix
-    if suffix not in (".gguf", ".safetensors"):
-        raise UsageError(f"{out}: a vector file ends in .gguf or .safetensors")
-    if suffix == ".gguf" and site != "resid_post":
-        raise UsageError(
-            f"{out}: a control-vector GGUF is for resid_post; this is {site}, which .safetensors can hold"
-        )
-
-
-def made_of(vector: Vector, paths: Sequence[Path], items: Sequence[int]) -> Vector:
-    """With the data files' names and hashes, and which of their items it was learned from."""
-    from mia.shipped import file_facts
-
-    found = {**file_facts(paths), "items": f"{items[0]}..{items[-1]}"}
-    return replace(vector, metadata={**vector.metadata, **found})
-
-
-def say_where_from(
-    vector: Vector, shown: str, data: Path, items: Sequence[int], m: Model, output: OutputOptions
-) -> None:
-    """Notices about a vector of another model, or one learned from items that it is tried on."""
-    from mia.shipped import file_facts
-
-    sha = file_facts([data])["data_sha256"]
-    models, overlaps = [], []
-    for made in _sources(vector):
-        if made.get("model_sha256", m.file_hash) != m.file_hash:
-            models.append(made.get("model", "unknown"))
-        ends = re.fullmatch(r"(\d+)\.\.(\d+)", str(made.get("items")))
-        if ends and sha in str(made.get("data_sha256")).split():
-            both = [i for i in items if int(ends[1]) <= i <= int(ends[2])]
-            overlaps += [f"{both[0]}..{both[-1]}"] if both else []
-    for name in dict.fromkeys(models):
-        notice(f"{shown} was made on another model, {name}", output)
-    for span in dict.fromkeys(overlaps):
-        notice(
-            f"{shown} was made from items {span} of this {data.name}, which are asked again; give "
-            "other --items",
-            output,
-        )
-
-
-def _sources(vector: Vector) -> Iterable[Mapping[str, str]]:
-    """What is known of a vector, or of each that arithmetic made it from."""
-    import json
-
-    try:
-        found = json.loads(vector.metadata["sources"])
-    except (KeyError, ValueError):
-        return [vector.metadata]
-    rows = found.values() if isinstance(found, dict) else []
-    return [x for x in rows if isinstance(x, dict)]
-
-
-def in_file(vector: Vector, out: str, layer_zero: bool) -> Vector:
-    """What `save_vector` wrote of it: a GGUF has no layer 0 by default."""
-    if layer_zero or not out.endswith(".gguf"):
-        return vector
-    return vector.at([i for i in vector.layers if i])
-
-
 def _warn_bos(m: Model, bos: bool | None, output: OutputOptions) -> None:
-    if not (m.adds_bos if bos is None else bos) and m.bos_token >= 0:
+    if not m.wants_bos(bos) and m.bos_token >= 0:
         notice(
             "texts are read without a BOS, where a model's first token says little; --bos puts "
             f"{m.piece(m.bos_token)} in front",

@@ -233,7 +233,7 @@ def train(
         name=name,
         n_items=str(len(items)),
         read="the answer's tokens" if by_text else "the answer's letter",
-        bos=model.adds_bos if bos is None else bos,
+        bos=model.wants_bos(bos),
         architecture=model.architecture,
     )
     return aggregate(Activations(rows(0), rows(1), "resid_post", facts), "mean")

@@ -33,7 +33,7 @@ from mia.edits import resolve_tokens
 from mia.errors import FileError, MiaError, RangeError, UsageError
 from mia.plugins import load_function
 from mia.request import Capture, Request
-from mia.shipped import find_text, read_lines, read_rows, read_text, split_lines
+from mia.shipped import find_text, read_lines, read_rows, read_text
 from mia.sites import Site
 from mia.vectors import Vector
 
@@ -86,19 +86,18 @@ def load_pairs(*paths: str | Path) -> list[Pair]:
 
 def _line_pairs(positive: str | Path, negative: str | Path) -> list[Pair]:
     """Line n of one file with line n of the other; where both are blank there is no pair."""
-    n_texts = [len(read_lines(p)) for p in (positive, negative)]
-    lines = [split_lines(read_text(p)) for p in (positive, negative)]
+    ours, theirs = read_lines(positive), read_lines(negative)
     # a blank line that is dropped from one file alone would pair all later texts wrongly
-    for n, (p, q) in enumerate(zip(*lines, strict=False), 1):
-        if bool(p.strip()) != bool(q.strip()):
-            blank, other = (negative, positive) if p.strip() else (positive, negative)
+    for n in sorted(ours.keys() ^ theirs.keys()):
+        if n <= min(max(ours), max(theirs)):
+            blank, other = (negative, positive) if n in ours else (positive, negative)
             raise UsageError(f"{blank}, line {n} is blank, and that of {other} is not")
-    if n_texts[0] != n_texts[1]:
+    if ours.keys() != theirs.keys():
         raise UsageError(
-            f"{positive} has {n_texts[0]} texts and {negative} has {n_texts[1]}; "
+            f"{positive} has {len(ours)} texts and {negative} has {len(theirs)}; "
             "pairs need as many of each"
         )
-    return [Pair(p, q) for p, q in zip(*lines, strict=False) if p.strip()]
+    return [Pair(text, theirs[n]) for n, text in ours.items()]
 
 
 def _csv_rows(path: Path) -> list[tuple[str, Any]]:
@@ -246,7 +245,7 @@ def extract(
         site=site,
         read=read,
         n_pairs=str(len(ready)),
-        bos=model.adds_bos if bos is None else bos,
+        bos=model.wants_bos(bos),
         architecture=model.architecture,
     )
     return Activations(

@@ -227,8 +227,8 @@ class Extractor:
         return np.stack(rows), np.array([r.value.correct for r in results])
 
     def means(self, site: str, prompts: Sequence[IclPrompt], *, tokens: Tokens = -1) -> Array:
-        """The mean of `rows`, (n_layer, width), over the prompts that are answered right, as both
-        papers' code has it; over all where none is."""
+        """The mean of `rows`, (n_layer, width), over the prompts that are answered right, as the code
+        of Todd et al. has it; over all where none is."""
         return mean_of_right(*self.rows(site, prompts, tokens=tokens))
 
     def effects(self, prompts: Sequence[IclPrompt], means: Array) -> npt.NDArray[np.float64]:

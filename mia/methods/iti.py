@@ -224,7 +224,7 @@ def train(
         method="iti",
         n_questions=str(len(questions)),
         heads=[f"{a}.{b}" for a, b in heads],
-        bos=model.adds_bos if bos is None else bos,
+        bos=model.wants_bos(bos),
         architecture=model.architecture,
     )
     vector = Vector({i: v.ravel() for i, v in by_layer.items()}, "head_out", facts)
