@@ -18,10 +18,10 @@ __version__ = "0.1.0"
 #: public name -> module; imported at first use, so that `import mia` takes no time
 _WHERE = {
     "Capture": "mia.request",
-    "Captures": "mia.captures",
+    "Activations": "mia.io.activations",
     "Edit": "mia.edits",
     "EngineError": "mia.errors",
-    "Extractor": "mia.methods.extractor",
+    "IclExperiment": "mia.methods.icl",
     "FileError": "mia.errors",
     "Hook": "mia.hooks",
     "LogitLens": "mia.lenses",
@@ -42,7 +42,6 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
-    from mia.captures import Captures as Captures
     from mia.edits import Edit as Edit
     from mia.errors import (
         EngineError as EngineError,
@@ -66,9 +65,10 @@ if TYPE_CHECKING:
         UsageError as UsageError,
     )
     from mia.hooks import Hook as Hook
+    from mia.io.activations import Activations as Activations
     from mia.lenses import LogitLens as LogitLens
     from mia.lenses import Readout as Readout
-    from mia.methods.extractor import Extractor as Extractor
+    from mia.methods.icl import IclExperiment as IclExperiment
     from mia.methods.steering import Steering as Steering
     from mia.model import Model as Model
     from mia.request import (

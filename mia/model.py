@@ -13,21 +13,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mia import _ggml, registry
 from mia.edits import Edit
-from mia.engine import MAX_SEQ, Restart, Runner
+from mia.engine.plan import Job, build, edit_table
+from mia.engine.runner import MAX_SEQ, Restart, Runner
+from mia.engine.session import Session
 from mia.errors import EngineError, RangeError, UsageError
-from mia.plan import Job, build, edit_table
+from mia.llama import ggml
+from mia.models import registry
 from mia.request import Request, Result, Sampling
-from mia.session import Session
 from mia.sites import BY_KEY, Site
 
 if TYPE_CHECKING:
-    from mia.graph import Topology
+    from mia.engine.graph import Topology
     from mia.lenses import LogitLens
+    from mia.llama.weights import Weights
     from mia.methods.steering import Handle, Steering
     from mia.vectors import Vector
-    from mia.weights import Weights
 
 Array = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -78,9 +79,9 @@ class Model:
         registry.check_gguf(spec.path)
         self.spec, self.name, self.path = spec, spec.name, spec.path
         layers = spec.gpu_layers if gpu_layers is None else gpu_layers
-        from mia._probe import extra_buffers_safe
+        from mia.llama.probe import extra_buffers_safe
 
-        self._llama = _ggml.LlamaModel(
+        self._llama = ggml.LlamaModel(
             spec.path, gpu_layers=layers, extra_bufts=extra_buffers_safe()
         )
         self.n_layer, self.n_embd = self._llama.n_layer, self._llama.n_embd
@@ -93,9 +94,9 @@ class Model:
         if self.threads < 1:
             raise RangeError(f"{self.threads} threads are not possible; 1 to {processors()}")
         self.kv_type = kv_type or spec.kv_type or ("f32" if self._is_f32 else "f16")
-        if self.kv_type not in _ggml.GGML_TYPES:
+        if self.kv_type not in ggml.GGML_TYPES:
             raise UsageError(
-                f"unknown kv type {self.kv_type!r}; known: {', '.join(_ggml.GGML_TYPES)}"
+                f"unknown kv type {self.kv_type!r}; known: {', '.join(ggml.GGML_TYPES)}"
             )
         self._flash = flash
         self._bos = spec.bos if bos is None else bos
@@ -142,7 +143,7 @@ class Model:
     @cached_property
     def file_hash(self) -> str:
         """SHA-256 of the model file."""
-        from mia.files import file_sha256
+        from mia.io.files import file_sha256
 
         return file_sha256(self.path)
 
@@ -445,7 +446,7 @@ class Model:
         if found is None:
             while len(self._sessions) >= 2:
                 self._sessions.pop(next(iter(self._sessions))).close()
-            params = _ggml.ContextParams(
+            params = ggml.ContextParams(
                 n_ctx=cells,
                 n_ubatch=min(_UBATCH, cells),
                 n_seq=n_seq,
@@ -454,13 +455,13 @@ class Model:
                 threads=self.threads,
                 callback=callback,
             )
-            found = Session(_ggml.Context(self._llama, params))
+            found = Session(ggml.Context(self._llama, params))
         self._sessions[key] = found
         return found
 
     @property
     def topology(self) -> Topology:
-        """The graph with its sites (`mia.graph.Topology`)."""
+        """The graph with its sites (`mia.engine.graph.Topology`)."""
         return self._session(True, self._wants_flash(set()), 1).topology
 
     @property
@@ -471,7 +472,7 @@ class Model:
     @cached_property
     def weights(self) -> Weights:
         """The file's tensors as float32."""
-        from mia.weights import Weights
+        from mia.llama.weights import Weights
 
         return Weights(self.path)
 
@@ -528,8 +529,8 @@ def processors() -> int:
         return os.cpu_count() or 1
 
 
-def _sampler(llama: _ggml.LlamaModel, s: Sampling) -> _ggml.Sampler:
-    return _ggml.Sampler(
+def _sampler(llama: ggml.LlamaModel, s: Sampling) -> ggml.Sampler:
+    return ggml.Sampler(
         llama,
         temperature=s.temperature,
         top_k=s.top_k,

@@ -25,8 +25,8 @@ from bench_heads import heads
 from bench_steer import steering
 from bench_tasks import tasks
 
-from mia import _ggml, _probe
 from mia.edits import Edit
+from mia.llama import ggml, probe
 from mia.model import Model
 from mia.request import Capture, Request
 from mia.sites import Site
@@ -73,7 +73,7 @@ class Bench:
         self.rounds, self.quick, self.quiet = rounds, quick, quiet
         self.rows: list[Row] = []
         self.rng = np.random.default_rng(0)
-        self._plain: _ggml.Context | None = None
+        self._plain: ggml.Context | None = None
 
     def add(self, what: str, values: list[float], **more: Any) -> None:
         self.rows.append(Row(what, values, **more))
@@ -107,7 +107,7 @@ class Bench:
         """llama.cpp's decode and nothing else: the prompt, then greedily n_predict tokens, under
         its own control vector where `directions` (n_layer - 1, n_embd) are given."""
         if self._plain is None:
-            params = _ggml.ContextParams(
+            params = ggml.ContextParams(
                 n_ctx=512,
                 n_ubatch=512,
                 n_seq=1,
@@ -116,7 +116,7 @@ class Bench:
                 threads=self.model.threads,
                 callback=False,
             )
-            self._plain = _ggml.Context(self.model._llama, params)
+            self._plain = ggml.Context(self.model._llama, params)
         context, out = self._plain, list[int]()
         context.clear()
         context.set_control_vector(directions)
@@ -386,10 +386,10 @@ def main() -> None:
     if args.what == "_sweep":
         return sweep(args.model)
     bench = Bench(args.model, args.rounds, args.quick, args.json)
-    info = _ggml.library_info()
+    info = ggml.library_info()
     where = {
         "model": bench.model.name,
-        "machine": _probe._processor(),
+        "machine": probe._processor(),
         "threads": bench.model.threads,
         "llama_cpp_python": info["llama_cpp_python"],
         "features": info["features"],

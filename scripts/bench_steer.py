@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mia.methods.extract import extract, load_pairs
+from mia.methods.contrast import extract, load_pairs
 from mia.methods.steering import Steering, explain
 from mia.request import Request
 from mia.vectors import Vector

@@ -6,11 +6,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from mia.datasets.tasks import load
+from mia.measure.metrics import FirstToken
 from mia.methods import function_vectors, soft_vectors
-from mia.methods.extractor import Extractor, head_edit
-from mia.metrics import FirstToken
+from mia.methods.icl import IclExperiment, head_edit
 from mia.request import Capture, Request
-from mia.tasks import load
 
 if TYPE_CHECKING:
     from bench import Bench
@@ -19,7 +19,7 @@ PROMPTS, EFFECT_PROMPTS = 100, 25
 
 
 def tasks(bench: Bench) -> None:
-    ex = Extractor(bench.model, load("antonym"), shots=10)
+    ex = IclExperiment(bench.model, load("antonym"), shots=10)
     share = 5 if bench.quick else 1  # of the planned work; the loop is always a part, scaled up
     prompts, effect_prompts = PROMPTS // share, EFFECT_PROMPTS // share
     function_vectors.head_statistics(ex, prompts=2, effect_prompts=1)  # a context is made once
@@ -32,14 +32,14 @@ def tasks(bench: Bench) -> None:
     bench.add(f"{what}, seconds", [planned], unit="s", target=180, at_least=False)
     how = soft_vectors.Training(evaluations=200 if bench.quick else 2000, patience=1000)
     start = time.perf_counter()
-    done = soft_vectors.train(Extractor(bench.model, load("uppercase")), how)
+    done = soft_vectors.train(IclExperiment(bench.model, load("uppercase")), how)
     seconds = time.perf_counter() - start
     bench.add(
         f"soft vector: {done.evaluations} evaluations of 16 queries, seconds", [seconds], unit="s"
     )
 
 
-def _one_by_one(ex: Extractor) -> float:
+def _one_by_one(ex: IclExperiment) -> float:
     """Seconds for the same with each run by itself, from a few of them."""
     m = ex.model
     means = ex.means("head_out", ex.dummies(2)).reshape(m.n_layer, m.n_head, -1)

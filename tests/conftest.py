@@ -3,30 +3,18 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from oracle import Oracle
+from tiny import CASES, Tiny
 from tiny_gguf import write_tiny
 
 from mia import model as mia_model
-from mia._ggml import Context
 from mia.errors import MiaError
+from mia.llama.ggml import Context
 from mia.model import Model
-
-#: name -> (architecture, arguments of write_tiny)
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama-tied": ("llama", {"tied": True}),
-    "qwen2": ("qwen2", {}),
-    "gemma2": ("gemma2", {}),
-    "gemma2-window": ("gemma2", {"window": 4}),
-    "gpt2": ("gpt2", {}),
-}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,38 +23,6 @@ def _ctrl_c_is_heard() -> Iterator[None]:
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, old)
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A tiny model: its file, the model under test, and what computes the truth."""
-
-    name: str
-    path: Path
-    model: Model
-
-    @property
-    def oracle(self) -> Oracle:
-        return _oracle(self.path)
-
-    def prompt(self, n: int = 14, seed: int = 1) -> list[int]:
-        """n random token ids, none of them a control token."""
-        return np.random.default_rng(seed).integers(3, self.model.n_vocab, n).tolist()
-
-    def vector(self, site: str = "resid_post.0", seed: int = 2) -> np.ndarray:
-        """A random row of a site: (width,) float32."""
-        width = np.prod(self.model.topology.sites[mia_model.Site(*_split(site))].shape)
-        return np.random.default_rng(seed).standard_normal(int(width)).astype(np.float32)
-
-
-@cache
-def _oracle(path: Path) -> Oracle:
-    return Oracle(path)
-
-
-def _split(site: str) -> tuple[str, int | None]:
-    name, _, layer = site.partition(".")
-    return name, int(layer) if layer else None
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CASES, Tiny
 from reference import ELSEWHERE, UNTOUCHED, check, check_same, check_untouched, expected
+from tiny import CASES, Tiny
 
 from mia.edits import OPERATORS, Edit
 from mia.errors import EngineError, RangeError, SiteError, UsageError

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from conftest import Tiny
 from reference import TOLERANCE, UNTOUCHED
+from tiny import Tiny
 
 from mia import Hook
 from mia.errors import SiteError

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Tiny
 from reference import check, check_same
+from tiny import Tiny
 from tiny_gguf import write_tiny
 
-from mia._ggml import Context, library
 from mia.edits import Edit
 from mia.errors import MiaError, ModelError, RangeError, SiteError, UsageError
+from mia.llama.ggml import Context, library
 from mia.model import Model
 from mia.request import Capture, Request, Result
 from mia.sites import Site

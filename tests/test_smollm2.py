@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from mia import tasks
 from mia.cli import app
 from mia.cli.tools import DEMO_SOURCE
+from mia.datasets import tasks
 from mia.edits import Edit
 from mia.methods import task_vectors
-from mia.methods.extractor import Extractor
+from mia.methods.icl import IclExperiment
 from mia.model import Model
 from mia.request import Capture, Request
 from mia.sites import Site
@@ -46,10 +46,10 @@ def test_demo_shows_it() -> None:
 
 def test_a_task_vector_does_what_examples_do(smollm2: Model) -> None:
     """The table of docs/tasks.md, cut short."""
-    plain = Extractor(smollm2, tasks.load("uppercase"), seed=10)
+    plain = IclExperiment(smollm2, tasks.load("uppercase"), seed=10)
     known = plain.known(3)
     assert 100 < len(known.pairs) < len(plain.task.pairs)
-    ex = Extractor(smollm2, known, seed=10, n_test=40, n_dev=20)
+    ex = IclExperiment(smollm2, known, seed=10, n_test=40, n_dev=20)
     found = task_vectors.evaluate(ex, task_vectors.extract(ex, sets=4, dummies=4))
     assert found.zero_shot.value <= 0.05
     assert found.vector.value >= 0.7

@@ -3,18 +3,18 @@
 import numpy as np
 import pytest
 
-from mia.methods import extract, perplexity, steering
+from mia.datasets.shipped import read_lines, read_text
+from mia.measure.estimates import bootstrap, word_share
+from mia.methods import contrast, perplexity, steering
 from mia.methods.steering import Steering
 from mia.model import Model
 from mia.request import Request, Sampling
-from mia.shipped import read_lines, read_text
-from mia.stats import bootstrap, word_share
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_sentiment_vector_brings_positive_words_at_a_bearable_price(smollm2: Model) -> None:
-    vector = extract.train(smollm2, extract.load_pairs("sentiment"), read="mean", bos=True)
+    vector = contrast.train(smollm2, contrast.load_pairs("sentiment"), read="mean", bos=True)
     edits = Steering(vector, coeff=4, layers=[22]).edits()
     assert {r["path"] for r in steering.explain(smollm2, edits)} == {"control vector"}
 
@@ -34,7 +34,7 @@ def test_a_sentiment_vector_brings_positive_words_at_a_bearable_price(smollm2: M
 
 
 def test_a_coefficient_within_a_budget(smollm2: Model) -> None:
-    vector = extract.train(smollm2, extract.load_pairs("sentiment")[:20], bos=True, layers=[22])
+    vector = contrast.train(smollm2, contrast.load_pairs("sentiment")[:20], bos=True, layers=[22])
     ids = smollm2.tokenize("The film was", bos=True)
     choice = steering.choose_coefficient(
         smollm2, [ids], [Steering(vector)], 0.3, candidates=(0.25, 1, 16), n_predict=6

@@ -16,11 +16,11 @@ from mia.cli._vectors import say_other_model
 from mia.errors import UsageError
 
 if TYPE_CHECKING:
-    from mia import plots
-    from mia.methods.extractor import Extractor
-    from mia.metrics import Accuracy
+    from mia.datasets.tasks import Format, Task
+    from mia.measure.metrics import Accuracy
+    from mia.methods.icl import IclExperiment
     from mia.model import Model
-    from mia.tasks import Format, Task
+    from mia.show import plots
 
 TASK = "Task"
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
@@ -91,7 +91,7 @@ class TaskOptions:
 
 
 def read_format(text: str) -> Format:
-    from mia import tasks
+    from mia.datasets import tasks
 
     return tasks.read_format(re.sub(r"\\([nt\\])", lambda m: _ESCAPES[m[1]], text))
 
@@ -103,12 +103,12 @@ def extractor(
     output: OutputOptions,
     *,
     shots: int = 5,
-) -> Extractor:
+) -> IclExperiment:
     """One task on the model, or what the model knows of it."""
-    from mia import tasks
-    from mia.methods.extractor import Extractor
+    from mia.datasets import tasks
+    from mia.methods.icl import IclExperiment
 
-    ex = Extractor(
+    ex = IclExperiment(
         m,
         tasks.load(name),
         fmt=read_format(o.format),
@@ -125,7 +125,9 @@ def extractor(
     return ex
 
 
-def again(ex: Extractor, o: TaskOptions, *, task: Task | None = None, seed: int = 0) -> Extractor:
+def again(
+    ex: IclExperiment, o: TaskOptions, *, task: Task | None = None, seed: int = 0
+) -> IclExperiment:
     """The same with another task, or with a seed that many further on."""
     return type(ex)(
         ex.model,
@@ -141,7 +143,7 @@ def again(ex: Extractor, o: TaskOptions, *, task: Task | None = None, seed: int 
 
 def task_names(names: Sequence[str]) -> list[str]:
     """`all` stands for every task that comes with mia. Raises where one is unknown."""
-    from mia import tasks
+    from mia.datasets import tasks
 
     out = [
         n
@@ -167,7 +169,7 @@ def files(out: str, names: Sequence[str]) -> list[str]:
     """A file for each task: `{name}` in -o stands for the task's. Checked before any work."""
     from pathlib import Path
 
-    from mia.files import check_writable
+    from mia.io.files import check_writable
 
     found = [out.replace("{name}", Path(n).stem) for n in names]
     if len(set(found)) < len(found):
@@ -180,7 +182,7 @@ def files(out: str, names: Sequence[str]) -> list[str]:
 
 
 def say_where_from(
-    facts: Mapping[str, str], ex: Extractor, path: str, method: str, output: OutputOptions
+    facts: Mapping[str, str], ex: IclExperiment, path: str, method: str, output: OutputOptions
 ) -> None:
     """Notices about a saved vector that was made otherwise than what it is now tried on.
 
@@ -205,7 +207,7 @@ def say_where_from(
 def check_plot(path: str | None) -> None:
     """Sees before any work that a picture can be drawn."""
     if path is not None:
-        from mia import plots
+        from mia.show import plots
 
         plots.check_picture(path)
 
@@ -222,7 +224,7 @@ def plot_curves(
         curves: one or two kinds of curves, each of the same tasks: kind -> task -> layer -> share.
         levels: kind -> task -> a share that has no layer, drawn for up to three tasks.
     """
-    from mia import plots
+    from mia.show import plots
 
     tasks = list(next(iter(curves.values())))
     groups = [
@@ -252,7 +254,7 @@ def plot_curves(
 
 
 def _line(task: str, curve: Mapping[int, Accuracy], kind: str, dashes: str) -> plots.Line:
-    from mia import plots
+    from mia.show import plots
 
     x = sorted(curve)
     low, high = ([curve[i].interval[end] for i in x] for end in (0, 1))

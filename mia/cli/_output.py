@@ -49,7 +49,7 @@ def progress(what: str, output: OutputOptions) -> Iterator[Callable[[int, int], 
 def finish(document: dict[str, Any], output: OutputOptions, human: Callable[[], None]) -> None:
     """Writes the document where it was asked for; else shows it to a person."""
     if output.out is not None:
-        from mia.files import write_json
+        from mia.io.files import write_json
 
         write_json(output.out, document)
         notice(f"wrote {output.out}", output)
@@ -72,7 +72,7 @@ def token_list(model: Model, tokens: Sequence[int]) -> list[dict[str, Any]]:
 def model_facts(model: Model) -> dict[str, Any]:
     """The `model` entry of every document."""
     from mia import __version__
-    from mia._ggml import library_info
+    from mia.llama.ggml import library_info
 
     return {
         "name": model.name,

@@ -35,8 +35,8 @@ def load_vector(
 
     With a model, a notice where it was made on another one.
     """
-    from mia.vector_expression import combine
     from mia.vectors import load
+    from mia.vectors.expression import combine
 
     if Path(text).exists() or not any(c in text for c in "+-*/() "):
         vector = load(text)
@@ -64,7 +64,7 @@ def say_where_from(
     vector: Vector, shown: str, data: Path, items: Sequence[int], m: Model, output: OutputOptions
 ) -> None:
     """Notices about a vector of another model, or one learned from items that it is tried on."""
-    from mia.files import file_sha256
+    from mia.io.files import file_sha256
 
     say_other_model(vector.sources, shown, m, output)
     sha, overlaps = file_sha256(data), []
@@ -83,7 +83,7 @@ def say_where_from(
 
 def made_of(vector: Vector, paths: Sequence[Path], items: Sequence[int]) -> Vector:
     """With the data files' names and hashes, and which of their items it was learned from."""
-    from mia.shipped import file_facts
+    from mia.datasets.shipped import file_facts
 
     return replace(vector, metadata={**vector.metadata, **file_facts(paths), "items": span(items)})
 
@@ -150,7 +150,7 @@ def item_range(text: str | None, items: Sequence[Any]) -> list[Any]:
 def check_vector_file(out: str, site: str = "resid_post") -> None:
     """Sees before any work that a vector of this site can be written there. Raises `UsageError`,
     or `FileError` where the file cannot be written."""
-    from mia.files import check_writable
+    from mia.io.files import check_writable
     from mia.vectors import check_suffix
 
     check_writable(out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mia.cli._options import (
     _JOINT,
@@ -46,7 +46,7 @@ def prompt_text(o: PromptOptions) -> str:
     assert o.prompt_file is not None
     if o.prompt_file == "-":
         return sys.stdin.read()
-    from mia.files import read_utf8
+    from mia.io.files import read_utf8
 
     return read_utf8(o.prompt_file, f"the prompt from {o.prompt_file}")
 
@@ -142,14 +142,14 @@ def patch_edits(
     """
     import numpy as np
 
-    from mia import captures
     from mia.edits import Edit
+    from mia.io import activations
 
     if mode not in PATCH_MODES:
         raise UsageError(f"unknown mode {mode!r}; known: {', '.join(PATCH_MODES)}")
     if len(files) > 1 and mode != "average":
         raise UsageError(f"{len(files)} files are given; only --mode average takes more than one")
-    loaded = [captures.load(f) for f in files]
+    loaded = [activations.load(f) for f in files]
     for c in loaded:
         c.check(model)
     to = token_indices(to_text, n_tokens, "--to-token-idx")
@@ -207,7 +207,7 @@ def head_changer(
     """From heads to the edits that silence them as --ablate-with and --ablate-attention say."""
     import numpy as np
 
-    from mia import captures
+    from mia.io import activations
     from mia.methods import ablation
     from mia.sites import Site
 
@@ -221,7 +221,7 @@ def head_changer(
         return lambda heads: ablation.pattern_edits(heads, tokens=at)
     source = None
     if files:
-        loaded = captures.load(files[0])
+        loaded = activations.load(files[0])
         loaded.check(model)
         source = {layer: loaded.rows(Site("head_out", layer)) for layer in layers}
     elif how == "resample":

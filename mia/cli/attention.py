@@ -66,9 +66,9 @@ def attention(
     Reading patterns needs flash attention off, which this command and --block and
     --ablate-attention see to; everywhere else it is on where the model's cache allows.
     """
-    from mia import plots
-    from mia.files import check_writable
+    from mia.io.files import check_writable
     from mia.methods.attention import attention_maps
+    from mia.show import plots
 
     if draw is not None:
         plots.check_picture(draw, [".html"])
@@ -137,11 +137,11 @@ def _rounded(weights: Any) -> Any:
 
 
 def _write_tensor(m: Model, file: str, maps: AttentionMaps, columns: list[int]) -> None:
-    from mia.captures import Captures, provenance
+    from mia.io.activations import Activations, provenance
 
     name = "value_weighted" if maps.value_weighted else "attention"
     facts = provenance(m, tokens=maps.tokens, layers=maps.layers, heads=columns)
-    Captures({name: maps.weights[:, columns]}, facts).save(file)
+    Activations({name: maps.weights[:, columns]}, facts).save(file)
 
 
 def _draw(
@@ -154,8 +154,8 @@ def _draw(
 ) -> None:
     import numpy as np
 
-    from mia import plots
-    from mia.html import attention_page, write_page
+    from mia.show import plots
+    from mia.show.html import attention_page, write_page
 
     title = f"{m.name} · attention over {len(pieces)} tokens"
     bar = "weight × norm of the value" if maps.value_weighted else "attention weight"
@@ -224,7 +224,7 @@ def cells(a: Any, pieces: list[str]) -> Text:
 
 def inferno(share: float) -> str:
     """A background of inferno."""
-    from mia.plots import INFERNO
+    from mia.show.plots import INFERNO
 
     x = min(max(float(share), 0.0), 1.0) * (len(INFERNO) - 1)
     i = min(int(x), len(INFERNO) - 2)

@@ -43,8 +43,8 @@ def attribute(
     Through the final norm as it divides this residual. The parts and the embedding add up to
     the logit (before soft-capping, in models that do that); this is checked and shown.
     """
-    from mia import plots
     from mia.methods.attribution import attribute as attribute_logit
+    from mia.show import plots
 
     if draw is not None:
         plots.check_picture(draw)
@@ -86,7 +86,7 @@ def attribute(
 def _draw_attribution(
     m: Model, found: Attribution, answer: str, against: str | None, file: str
 ) -> None:
-    from mia import plots
+    from mia.show import plots
 
     than = "" if against is None else f" over {visible(against)!r}"
     fig = plots.heatmap(

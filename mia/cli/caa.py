@@ -137,8 +137,8 @@ def evaluate(
     """The probability of the behaviour's answer, over layers and multipliers."""
     import numpy as np
 
-    from mia import plots
     from mia.methods import caa
+    from mia.show import plots
 
     v = load_vector(vector)
     factors = numbers(multipliers, "--multipliers")

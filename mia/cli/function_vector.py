@@ -14,9 +14,9 @@ from mia.cli.vector import FileOption, JsonOption, QuietOption
 from mia.errors import UsageError
 
 if TYPE_CHECKING:
-    from mia.methods.extractor import Extractor
+    from mia.datasets.tasks import Composition
     from mia.methods.function_vectors import Evaluation, FunctionVector
-    from mia.tasks import Composition
+    from mia.methods.icl import IclExperiment
 
 PromptsOption = Annotated[
     int, typer.Option("--prompts", help="Prompts that mean head outputs are over.", min=1)
@@ -116,7 +116,7 @@ def _choices(heads: str | None, coeff: str | None, n_heads: int) -> tuple[list[i
     return counts, _vectors.numbers(coeff or "1", "--coeff")
 
 
-def _facts(ex: Extractor, made: FunctionVector, k: int) -> dict[str, Any]:
+def _facts(ex: IclExperiment, made: FunctionVector, k: int) -> dict[str, Any]:
     import numpy as np
 
     from mia.methods import function_vectors as fv
@@ -140,7 +140,7 @@ def _print_decoded(decoded: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def _plot_effects(path: str, effects: Any, names: list[str]) -> None:
-    from mia import plots
+    from mia.show import plots
 
     of = ", ".join(names) if len(names) <= 3 else f"mean of {len(names)} tasks"
     figure = plots.heatmap(
@@ -220,7 +220,7 @@ def evaluate(
     finish(document, output, lambda: _print_rows(rows, mean))
 
 
-def _loaded(ex: Extractor, path: str, output: OutputOptions) -> tuple[int, Any, float]:
+def _loaded(ex: IclExperiment, path: str, output: OutputOptions) -> tuple[int, Any, float]:
     """Layer, vector and coefficient of a file."""
     from mia import vectors
 
@@ -233,20 +233,22 @@ def _loaded(ex: Extractor, path: str, output: OutputOptions) -> tuple[int, Any, 
     return at, v[at], float(v.metadata.get("coeff", "1"))
 
 
-def _extracted(ex: Extractor, **how: Any) -> tuple[Any, int, float]:
+def _extracted(ex: IclExperiment, **how: Any) -> tuple[Any, int, float]:
     from mia.methods import function_vectors as fv
 
     made = fv.extract(ex, **how)
     return made.vector, made.layer, made.coeff
 
 
-def _evaluated(ex: Extractor, v: Any, layer: int, coeff: float, *, by_layer: bool) -> Evaluation:
+def _evaluated(
+    ex: IclExperiment, v: Any, layer: int, coeff: float, *, by_layer: bool
+) -> Evaluation:
     from mia.methods import function_vectors as fv
 
     return fv.evaluate(ex, v, layer, coeff, by_layer=by_layer)
 
 
-def _as_row(ex: Extractor, layer: int, coeff: float, e: Evaluation) -> dict[str, Any]:
+def _as_row(ex: IclExperiment, layer: int, coeff: float, e: Evaluation) -> dict[str, Any]:
     row: dict[str, Any] = {"family": ex.task.family, "layer": layer, "coeff": coeff, **ex.facts}
     for name in ("zero_shot", "icl", "wrong", "zero_shot_vector", "wrong_vector"):
         row[name] = getattr(e, name).as_dict()
@@ -282,7 +284,7 @@ def _print_rows(rows: list[dict[str, Any]], mean: dict[str, float]) -> None:
 
 def _composition(name: str) -> Composition:
     """One of mia's, or four tasks with commas between. Raises `UsageError`."""
-    from mia import tasks as library
+    from mia.datasets import tasks as library
 
     parts = name.split(",")
     if len(parts) == 1:
@@ -312,7 +314,7 @@ def compose(
     top_k: Annotated[int, typer.Option("-k", "--top-k", help="Decoded tokens to show.", min=1)] = 5,
 ) -> None:
     """v(AD) = v(BD) - v(BC) + v(AC): does the composed vector do the composed task?"""
-    from mia import tasks as library
+    from mia.datasets import tasks as library
     from mia.methods import function_vectors as fv
 
     wanted = [_composition(n) for n in names] if names else library.compositions()

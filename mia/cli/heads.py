@@ -98,8 +98,8 @@ def heads(
     """
     import numpy as np
 
-    from mia import plots
     from mia.methods.heads import SCORES, head_scores, repeated_random
+    from mia.show import plots
 
     if score not in SCORES:
         raise UsageError(f"unknown score {score!r}; known: {', '.join(SCORES)}")
@@ -240,8 +240,8 @@ def ablate(
     --ablate-with and --ablate-attention say how; --ablate, --select, --block, --patch and
     --steer are made in every run, the one it is compared with too.
     """
-    from mia import plots
     from mia.methods import ablation
+    from mia.show import plots
 
     if draw is not None:
         plots.check_picture(draw)

@@ -71,8 +71,8 @@ def train(
     """Probe every head, choose the best, and write what to add there (.safetensors)."""
     import numpy as np
 
-    from mia import plots
     from mia.methods import caa, iti
+    from mia.show import plots
 
     output = OutputOptions(json=json, quiet=quiet)
     check_vector_file(out, "head_out")
@@ -129,9 +129,9 @@ def evaluate(
     """Multiple choice (MC1, MC2) with and without, and generated answers beside each other."""
     import numpy as np
 
+    from mia.measure.estimates import bootstrap
     from mia.methods import caa, iti
     from mia.methods.steering import check_fits
-    from mia.stats import bootstrap
 
     v = load_vector(vector)
     alphas = [0.0, *[a for a in numbers(alpha, "--alpha") if a]]

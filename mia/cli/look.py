@@ -23,7 +23,7 @@ from mia.sites import (
 )
 
 if TYPE_CHECKING:
-    from mia.graph import Topology
+    from mia.engine.graph import Topology
     from mia.lenses import Readout
     from mia.model import Model
 

@@ -182,9 +182,9 @@ def _sweep(
 ) -> None:
     import numpy as np
 
-    from mia import plots
+    from mia.datasets.shipped import read_lines
     from mia.methods.perplexity import by_layer
-    from mia.shipped import read_lines
+    from mia.show import plots
 
     if plot is not None:
         plots.check_picture(plot)

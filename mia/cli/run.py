@@ -58,7 +58,7 @@ def run(
     baseline: BaselineOption = True,
 ) -> None:
     """Continue a prompt, with any changes and captures together."""
-    from mia.files import check_writable
+    from mia.io.files import check_writable
     from mia.request import Capture
     from mia.sites import parse_many
 
@@ -88,7 +88,7 @@ def save(
     file: Annotated[str, typer.Argument(help="The safetensors file to write.")],
 ) -> None:
     """Save activations of a prompt: one tensor per site, a row per token."""
-    from mia.files import check_writable
+    from mia.io.files import check_writable
     from mia.request import Capture, Request
     from mia.sites import parse_many
 
@@ -122,12 +122,12 @@ def write_captures(
     m: Model, ids: list[int], result: Result, capture: Capture, file: str, output: OutputOptions
 ) -> list[dict[str, Any]]:
     """Writes the sites of one capture; returns what stands in the file."""
-    from mia.captures import Captures, provenance
+    from mia.io.activations import Activations, provenance
     from mia.sites import parse_many
 
     arrays = {str(s): result.captures[s] for s in parse_many(capture.sites, m.n_layer)}
     has_bos = m.bos_token >= 0 and ids[0] == m.bos_token
-    Captures(arrays, provenance(m, tokens=ids, bos=has_bos)).save(file)
+    Activations(arrays, provenance(m, tokens=ids, bos=has_bos)).save(file)
     notice(f"wrote {file}", output)
     return [{"site": k, "shape": list(a.shape), "dtype": "float32"} for k, a in arrays.items()]
 

@@ -64,7 +64,7 @@ def train(
     quiet: QuietOption = False,
 ) -> None:
     """Learn one weight in [0, 1] per head; the best on dev is kept."""
-    from mia import tasks
+    from mia.datasets import tasks
     from mia.methods import soft_vectors as sv
 
     output = OutputOptions(json=json, quiet=quiet)
@@ -109,7 +109,7 @@ def train(
 
 def _plot_curve(path: str, curve: Any, name: str) -> None:
     """Dev is tried only every few steps: its line has points of its own."""
-    from mia import plots
+    from mia.show import plots
 
     tried = [s for s in curve if s.dev is not None]
     spent = [s.evaluations for s in tried]

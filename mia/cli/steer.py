@@ -270,8 +270,8 @@ def _measure(
     """The share of listed words in sampled texts, with and without steering."""
     import numpy as np
 
-    from mia.shipped import read_lines
-    from mia.stats import bootstrap, word_share
+    from mia.datasets.shipped import read_lines
+    from mia.measure.estimates import bootstrap, word_share
 
     if samples < 2:
         raise UsageError(f"--samples {samples}: an interval needs two texts or more")

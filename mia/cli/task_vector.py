@@ -15,7 +15,7 @@ from mia.cli.vector import FileOption, JsonOption, QuietOption
 from mia.errors import UsageError
 
 if TYPE_CHECKING:
-    from mia.methods.extractor import Extractor
+    from mia.methods.icl import IclExperiment
     from mia.methods.task_vectors import TaskVector
     from mia.model import Model
 
@@ -81,7 +81,7 @@ def extract(
 
 
 def _extracted(
-    ex: Extractor,
+    ex: IclExperiment,
     sets: int,
     dummies: int,
     output: OutputOptions,
@@ -127,7 +127,7 @@ def evaluate(
     plot: PlotOption = None,
 ) -> None:
     """The table: without examples, with them, and with the vector in their place."""
-    from mia.methods.extractor import MATCHES
+    from mia.methods.icl import MATCHES
 
     if match not in MATCHES:
         raise UsageError(f"unknown match {match!r}; known: {', '.join(MATCHES)}")

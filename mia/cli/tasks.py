@@ -40,7 +40,7 @@ def tasks(
     """List tasks, show the pairs of one, or write a prompt with examples."""
     import numpy as np
 
-    from mia import tasks as library
+    from mia.datasets import tasks as library
 
     if name is None:
         if prompt:

@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def list_models(output: OutputOptions) -> None:
-    from mia import registry
+    from mia.models import registry
 
     found = registry.list_models()
     rows: list[dict[str, Any]] = [
@@ -62,7 +62,7 @@ def pull(
     name: Annotated[str, typer.Argument(help="A name of models.toml with repo and file.")],
 ) -> None:
     """Download a model of models.toml from its Hugging Face repository."""
-    from mia import registry
+    from mia.models import registry
 
     path = registry.pull(name, progress=not output.quiet)
     finish({"name": name, "path": str(path)}, output, lambda: print(path))
@@ -75,20 +75,21 @@ def convert(
     file: Annotated[str, typer.Argument(help="The .gguf file to write.")],
 ) -> None:
     """Write a model with its weights in another type. f32 loses nothing, is exact, and runs many rows fast."""
-    from mia import _ggml, registry
     from mia.errors import UsageError
-    from mia.files import check_writable, write_whole
+    from mia.io.files import check_writable, write_whole
+    from mia.llama import ggml
     from mia.model import processors
+    from mia.models import registry
 
-    if kind not in _ggml.FILE_TYPES:
-        raise UsageError(f"unknown type {kind!r}; known: {', '.join(_ggml.FILE_TYPES)}")
+    if kind not in ggml.FILE_TYPES:
+        raise UsageError(f"unknown type {kind!r}; known: {', '.join(ggml.FILE_TYPES)}")
     source = registry.resolve(model).path
     assert source is not None
     registry.check_gguf(source)
     target = check_writable(file)
     if target.exists() and target.samefile(source):
         raise UsageError(f"{file} is the model itself; give another name")
-    write_whole(target, lambda p: _ggml.convert_file(source, p, kind, processors()))
+    write_whole(target, lambda p: ggml.convert_file(source, p, kind, processors()))
     size = target.stat().st_size
     finish(
         {"file": file, "type": kind, "bytes": size},
@@ -99,8 +100,8 @@ def convert(
 
 def doctor(model: ModelOptions, output: OutputOptions) -> None:
     """What llama.cpp can do on this machine, and what would make it faster or safer."""
-    from mia._ggml import library_info
-    from mia._probe import extra_buffers_safe
+    from mia.llama.ggml import library_info
+    from mia.llama.probe import extra_buffers_safe
 
     info = library_info()
     amx = "AMX_INT8 = 1" in info["features"]

@@ -73,8 +73,8 @@ def train(
     quiet: QuietOption = False,
 ) -> None:
     """Find a direction from pairs of texts that differ in one thing."""
-    from mia.methods import extract
-    from mia.shipped import find_text
+    from mia.datasets.shipped import find_text
+    from mia.methods import contrast
     from mia.sites import parse_layers
 
     output = OutputOptions(json=json, quiet=quiet)
@@ -82,8 +82,8 @@ def train(
     if site_layers is not None and layers is not None:
         raise UsageError(f"--site {site!r} names layers, and so does --layers; give one of them")
     check_vector_file(out, name)
-    extract.aggregator(method)
-    pairs = extract.load_pairs(*data)
+    contrast.aggregator(method)
+    pairs = contrast.load_pairs(*data)
     with _work.open_model(model) as m:
         if site_layers is None:
             chosen = layer_list(layers, m, range(m.n_layer))
@@ -91,7 +91,7 @@ def train(
             chosen = parse_layers(site_layers, m.n_layer, site)
         _warn_bos(m, bos, output)
         with progress("reading", output) as bar:
-            vector = extract.train(
+            vector = contrast.train(
                 m,
                 pairs,
                 site=name,

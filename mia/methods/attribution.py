@@ -9,7 +9,7 @@ stream is a sum, and a logit reads it linearly once the final norm is frozen); W
 | x_0, the embedding              | `resid_pre.0` (with positions and scale, where there are)|
 | sum over heads of W_O^h z^h     | `heads`, from `head_out` and W_O of the file            |
 | MLP output                      | `mlp_out.i`                                             |
-| LN frozen at the final residual | `mia.linear.Norm.frozen`                                |
+| LN frozen at the final residual | `mia.lenses.linear.Norm.frozen`                                |
 | W_U[t], logit of t              | `LogitLens.attribute`                                   |
 | logit difference                | `against`                                               |
 
@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from mia.edits import Edit
 from mia.errors import ModelError
-from mia.linear import Norm, Step, split
+from mia.lenses.linear import Norm, Step, split
 from mia.request import Capture, Request, Result
 from mia.sites import Site
 

@@ -29,16 +29,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from mia.captures import provenance
+from mia.datasets.shipped import read_text
 from mia.edits import Edit
 from mia.errors import FileError, UsageError
-from mia.methods.extract import Activations, aggregate
+from mia.io.activations import provenance
+from mia.measure.estimates import Interval, bootstrap
+from mia.methods.contrast import PairActivations, aggregate
 from mia.methods.perplexity import TokenLoss
 from mia.methods.steering import Steering, check_fits
 from mia.request import Capture, Request
-from mia.shipped import read_text
 from mia.sites import Site
-from mia.stats import Interval, bootstrap
 from mia.vectors import Vector
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def train(
         bos=model.wants_bos(bos),
         architecture=model.architecture,
     )
-    return aggregate(Activations(rows(0), rows(1), "resid_post", facts), "mean")
+    return aggregate(PairActivations(rows(0), rows(1), "resid_post", facts), "mean")
 
 
 def equal_norms(vectors: Sequence[Vector]) -> list[Vector]:

@@ -2,7 +2,7 @@
 
 | paper                       | here                                                            |
 |-----------------------------|-----------------------------------------------------------------|
-| P_t, prompts of task t      | `Extractor.dummies(n)`, ten shots; those answered right count    |
+| P_t, prompts of task t      | `IclExperiment.dummies(n)`, ten shots; those answered right count    |
 | a_lj(p)                     | `head_out.l`, head j, at the last token (before W_O)             |
 | ā_lj^t, eq. 3               | `FunctionVector.means`, (n_layer, n_head, head_dim)              |
 | p̃, shuffled outputs         | `few_shot(…, wrong=True)`                                        |
@@ -31,12 +31,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mia.captures import provenance
 from mia.edits import Edit
 from mia.errors import RangeError
-from mia.methods.extractor import Extractor, mean_of_right
+from mia.io.activations import provenance
+from mia.measure.metrics import Accuracy, accuracy
+from mia.methods.icl import IclExperiment, mean_of_right
 from mia.methods.task_vectors import best_of
-from mia.metrics import Accuracy, accuracy
 from mia.sites import Site
 from mia.vectors import Vector
 
@@ -85,7 +85,7 @@ def add_edits(v: Array, layer: int, coeff: float = 1.0) -> list[Edit]:
 
 
 def head_statistics(
-    ex: Extractor, *, prompts: int = 100, effect_prompts: int = 25
+    ex: IclExperiment, *, prompts: int = 100, effect_prompts: int = 25
 ) -> tuple[Array, Floats]:
     """Mean head outputs (n_layer, n_head, head_dim) and their average indirect effects
     (n_layer, n_head)."""
@@ -124,7 +124,7 @@ def head_vector(model: Model, means: Array, heads: Sequence[Head]) -> Array:
 
 
 def choose(
-    ex: Extractor,
+    ex: IclExperiment,
     means: Array,
     effects: Floats,
     *,
@@ -149,7 +149,7 @@ def choose(
 
 
 def extract(
-    ex: Extractor,
+    ex: IclExperiment,
     *,
     prompts: int = 100,
     effect_prompts: int = 25,
@@ -162,7 +162,7 @@ def extract(
     return choose(ex, means, effects, counts=counts, layers=layers, coeffs=coeffs)
 
 
-def as_vector(ex: Extractor, fv: FunctionVector) -> Vector:
+def as_vector(ex: IclExperiment, fv: FunctionVector) -> Vector:
     """For a file: v at its layer, with its heads and provenance."""
     metadata = {
         "name": ex.task.name,
@@ -199,7 +199,7 @@ class Evaluation:
 
 
 def evaluate(
-    ex: Extractor, v: Array, layer: int, coeff: float = 1.0, *, by_layer: bool = False
+    ex: IclExperiment, v: Array, layer: int, coeff: float = 1.0, *, by_layer: bool = False
 ) -> Evaluation:
     layers = list(range(ex.model.n_layer)) if by_layer else [layer]
     variants = [[], *(add_edits(v, i, coeff) for i in layers)]
@@ -250,10 +250,10 @@ class Composed:
 
 
 def compose(
-    ac: Extractor,
-    bc: Extractor,
-    bd: Extractor,
-    ad: Extractor,
+    ac: IclExperiment,
+    bc: IclExperiment,
+    bd: IclExperiment,
+    ad: IclExperiment,
     *,
     n_heads: int = 40,
     known: Mapping[str, tuple[Array, Floats]] | None = None,

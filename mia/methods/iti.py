@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mia.captures import provenance
+from mia.datasets.shipped import read_rows
 from mia.edits import Edit
 from mia.errors import FileError, RangeError, UsageError
+from mia.io.activations import provenance
 from mia.methods import caa
 from mia.methods.perplexity import TokenLoss
 from mia.request import Capture, Request
-from mia.shipped import read_rows
 from mia.sites import Site
 from mia.vectors import Vector
 

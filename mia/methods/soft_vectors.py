@@ -34,12 +34,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from mia.captures import provenance
 from mia.edits import Edit
 from mia.errors import FileError, RangeError, UsageError
-from mia.methods.extractor import Extractor, IclPrompt
+from mia.io.activations import provenance
+from mia.measure.metrics import Accuracy
+from mia.methods.icl import IclExperiment, IclPrompt
 from mia.methods.optimisers import OPTIMISERS
-from mia.metrics import Accuracy
 from mia.sites import Site
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class SoftVector:
         """Writes safetensors. Raises `FileError`."""
         from safetensors.numpy import save_file
 
-        from mia.files import write_whole
+        from mia.io.files import write_whole
 
         arrays = {"means": self.means, "weights": self.weights.astype(np.float32)}
         write_whole(
@@ -184,7 +184,7 @@ class Trained:
 
 
 def train(
-    ex: Extractor,
+    ex: IclExperiment,
     how: Training | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
@@ -238,7 +238,7 @@ def train(
 class _Keeper:
     """The best weights on dev so far: by accuracy, then by log-probability."""
 
-    def __init__(self, ex: Extractor, means: Array, dev: list[IclPrompt]):
+    def __init__(self, ex: IclExperiment, means: Array, dev: list[IclPrompt]):
         self.ex, self.means, self.dev = ex, means, dev
         self.best = (-1.0, -np.inf)
         self.weights: Floats = np.empty(0)
@@ -262,7 +262,9 @@ class _Keeper:
         return w.reshape(self.means.shape[:2])
 
 
-def _rewards(ex: Extractor, means: Array, prompts: list[IclPrompt], candidates: Floats) -> Floats:
+def _rewards(
+    ex: IclExperiment, means: Array, prompts: list[IclPrompt], candidates: Floats
+) -> Floats:
     """(n_candidates,) mean log-probability of the right answers."""
     shape = means.shape[:2]
     variants = [blend_edits(means, w.reshape(shape)) for w in candidates]
@@ -270,7 +272,7 @@ def _rewards(ex: Extractor, means: Array, prompts: list[IclPrompt], candidates: 
 
 
 def _best_start(
-    ex: Extractor,
+    ex: IclExperiment,
     means: Array,
     queries: list[IclPrompt],
     how: Training,
@@ -307,7 +309,7 @@ def _best_start(
 # -- afterwards --------------------------------------------------------------------
 
 
-def sparsify(ex: Extractor, soft: SoftVector, *, keep: float = 0.95) -> SoftVector:
+def sparsify(ex: IclExperiment, soft: SoftVector, *, keep: float = 0.95) -> SoftVector:
     """The fewest heads, of the largest weights, that keep a share of the accuracy on dev."""
     if not 0 < keep <= 1:
         raise RangeError(f"keep {keep} is not in (0, 1]")
@@ -337,7 +339,7 @@ class Evaluation:
     soft: Accuracy
 
 
-def evaluate(ex: Extractor, soft: SoftVector, *, match: str = "first") -> Evaluation:
+def evaluate(ex: IclExperiment, soft: SoftVector, *, match: str = "first") -> Evaluation:
     """Raises `UsageError` where the soft vector does not fit the model."""
     check(soft, ex.model)
     zero = ex.zero_shot(ex.test)

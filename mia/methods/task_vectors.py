@@ -2,7 +2,7 @@
 
 | paper                 | here                                                                  |
 |-----------------------|-----------------------------------------------------------------------|
-| S, demonstrations     | examples, `Extractor.shots` of them                                   |
+| S, demonstrations     | examples, `IclExperiment.shots` of them                                   |
 | x', dummy query       | `dummies` of them, from the training part, none among the examples    |
 | A, learning           | the prompt's last token up to block L: `resid_post.L` there           |
 | θ(S), task vector     | `TaskVector.vector[L]`, the mean over the dummies                      |
@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mia.captures import provenance
+from mia.datasets.tasks import draw
 from mia.edits import Edit
 from mia.errors import RangeError, UsageError
-from mia.methods.extractor import Extractor, IclPrompt, mean_of_right
-from mia.metrics import Accuracy, accuracy, pooled
+from mia.io.activations import provenance
+from mia.measure.metrics import Accuracy, accuracy, pooled
+from mia.methods.icl import IclExperiment, IclPrompt, mean_of_right
 from mia.sites import Site
-from mia.tasks import draw
 from mia.vectors import Vector
 
 Array = npt.NDArray[np.float32]
@@ -112,7 +112,7 @@ def pool(found: Sequence[Evaluation]) -> Evaluation:
 
 
 def extract(
-    ex: Extractor,
+    ex: IclExperiment,
     *,
     sets: int = 16,
     dummies: int = 8,
@@ -175,7 +175,7 @@ def _replace(theta: Array, layer: int) -> list[Edit]:
 
 
 def _on_dev(
-    ex: Extractor, zero: Sequence[IclPrompt], thetas: Array, layers: Sequence[int]
+    ex: IclExperiment, zero: Sequence[IclPrompt], thetas: Array, layers: Sequence[int]
 ) -> Floats:
     """(n_thetas, n_layers, 2): accuracy and mean log-probability on dev."""
     if not len(thetas):
@@ -190,7 +190,7 @@ def _best_first(both: Floats) -> list[int]:
     return np.lexsort((both[:, 1], both[:, 0]))[::-1].tolist()
 
 
-def _thetas(ex: Extractor, sets: int, dummies: int) -> Array:
+def _thetas(ex: IclExperiment, sets: int, dummies: int) -> Array:
     """(n_sets, n_layer, n_embd): means over the dummies that are answered right, or over all
     where none is."""
     rng = ex.rng("sets")
@@ -222,7 +222,7 @@ def load(vector: Vector, layer: int | None = None) -> TaskVector:
 
 
 def evaluate(
-    ex: Extractor, theta: TaskVector, *, by_layer: bool = False, match: str = "first"
+    ex: IclExperiment, theta: TaskVector, *, by_layer: bool = False, match: str = "first"
 ) -> Evaluation:
     """The table's row of a task, on its test part."""
     zero = ex.zero_shot(ex.test)
@@ -261,7 +261,7 @@ class Conflict:
     put_plain: Accuracy
 
 
-def conflict(ex: Extractor, theta: TaskVector, other: Extractor) -> Conflict:
+def conflict(ex: IclExperiment, theta: TaskVector, other: IclExperiment) -> Conflict:
     """Puts another task's θ into prompts with this task's examples.
 
     Args:
@@ -296,7 +296,7 @@ def conflict(ex: Extractor, theta: TaskVector, other: Extractor) -> Conflict:
     return Conflict(part(1, 0), part(1, n), part(0, 0), part(0, n))
 
 
-def as_row(ex: Extractor, e: Evaluation) -> dict[str, Any]:
+def as_row(ex: IclExperiment, e: Evaluation) -> dict[str, Any]:
     """An evaluation as an entry of a document."""
     row: dict[str, Any] = {
         "task": ex.task.name,

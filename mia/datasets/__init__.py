@@ -1,0 +1,1 @@
+"""The data that comes with mia, and files of the same kinds."""

@@ -1,0 +1,1 @@
+"""From requests to decodes. README.md beside this file tells the whole story."""

@@ -1,0 +1,1 @@
+"""Files: activations, provenance, reading and writing."""

@@ -1,0 +1,1 @@
+"""llama.cpp, reached through ctypes: the only room that knows what its memory looks like."""

@@ -1,0 +1,108 @@
+"""A writer of small GGUF files: header, key-value pairs, tensor infos, aligned data.
+
+Enough for control vectors and for models made for tests; a plain install needs no
+other package for it. Version 3 of the format, little-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mia.io.files import write_whole
+
+Value = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
+
+_ALIGNMENT = 32
+_U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64, _I64 = 4, 5, 6, 7, 8, 9, 10, 11
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A tensor of any ggml type as it lies in the file.
+
+    Attributes:
+        ggml_type: the type's number (0 is F32).
+        shape: numpy's order: a matrix is (n_out, n_in).
+        data: its blocks.
+    """
+
+    ggml_type: int
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def write_gguf(
+    path: str | Path,
+    metadata: Mapping[str, Value],
+    tensors: Mapping[str, npt.NDArray[Any] | RawTensor],
+) -> None:
+    """Writes a whole file or none. Arrays are stored as float32.
+
+    Integers are written as uint32 where they fit, else as int32 or 64 bits wide.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    raw = {k: t if isinstance(t, RawTensor) else _float32(t) for k, t in tensors.items()}
+    head = [b"GGUF", struct.pack("<IQQ", 3, len(raw), len(metadata))]
+    for key, value in metadata.items():
+        head += [_text(key), _value(value)]
+    offset = 0
+    for name, t in raw.items():
+        ne = t.shape[::-1]
+        head.append(_text(name) + struct.pack(f"<I{len(ne)}Q", len(ne), *ne))
+        head.append(struct.pack("<IQ", t.ggml_type, offset))
+        offset += len(t.data) + _padding(len(t.data))
+    joined = b"".join(head)
+
+    def write(p: Path) -> None:
+        with p.open("wb") as f:
+            f.write(joined + bytes(_padding(len(joined))))
+            for t in raw.values():
+                f.write(t.data + bytes(_padding(len(t.data))))
+
+    write_whole(path, write)
+
+
+def _float32(a: npt.NDArray[Any]) -> RawTensor:
+    return RawTensor(0, a.shape, np.ascontiguousarray(a, "<f4").tobytes())
+
+
+def _padding(n: int) -> int:
+    return -n % _ALIGNMENT
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(value: Value) -> bytes:
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _text(value)
+    if isinstance(value, Sequence):
+        items = [_value(v) for v in value]
+        kinds = {i[:4] for i in items} or {struct.pack("<I", _STRING)}
+        if len(kinds) > 1:
+            raise TypeError(f"a GGUF array holds values of one kind, not {list(value)[:4]}")
+        body = b"".join(i[4:] for i in items)
+        return struct.pack("<I", _ARRAY) + kinds.pop() + struct.pack("<Q", len(items)) + body
+    if isinstance(value, (bool, np.bool_)):
+        return struct.pack("<I?", _BOOL, value)
+    if isinstance(value, (int, np.integer)):
+        for kind, code, low, high in (
+            (_U32, "I", 0, 1 << 32),
+            (_I32, "i", -(1 << 31), 1 << 31),
+            (_U64, "Q", 0, 1 << 64),
+        ):
+            if low <= value < high:
+                return struct.pack(f"<I{code}", kind, value)
+        return struct.pack("<Iq", _I64, value)
+    return struct.pack("<If", _F32, value)

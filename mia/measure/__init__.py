@@ -1,0 +1,1 @@
+"""Losses, metrics, and estimates with their intervals."""

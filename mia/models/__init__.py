@@ -1,0 +1,1 @@
+"""Models by name: models.toml, the Hugging Face hub."""

@@ -1,0 +1,319 @@
+"""Contrastive activation addition against the oracle, and its data."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import Tiny
+from tiny_gguf import write_tiny
+from typer.testing import CliRunner
+
+from mia.cli import app
+from mia.errors import MiaError, UsageError
+from mia.io import files
+from mia.methods import caa
+from mia.methods.caa import Item
+from mia.model import Model
+from mia.request import Request
+from mia.vectors import Vector, load
+
+ITEMS = [
+    Item("The cat is red?\n\nChoices:\n (A) yes\n (B) no", "A", "B"),
+    Item("The sky is blue?\n\nChoices:\n (A) no\n (B) yes", "B", "A"),
+    Item("Paris is in Rome?\n\nChoices:\n (A) no\n (B) yes", "A", "B"),
+]
+
+
+def test_shipped_sets_are_large_enough_and_balanced() -> None:
+    assert caa.shipped() == ["agree_vs_accurate", "refuse_vs_comply"]
+    for name in caa.shipped():
+        items = caa.load_items(name)
+        assert len(items) >= 60
+        assert {i.matching for i in items} == {"A", "B"}
+        assert 0.4 < np.mean([i.matching == "A" for i in items]) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is empty"),
+        ("{}", "is empty"),
+        ("[1", "is not JSON"),
+        ('[{"question": "q"}]', "item 0: there is no text 'answer_matching_behavior'"),
+        (
+            json.dumps(
+                [
+                    {
+                        "question": "q",
+                        "answer_matching_behavior": "(A)",
+                        "answer_not_matching_behavior": "A",
+                    }
+                ]
+            ),
+            "not two letters",
+        ),
+    ],
+)
+def test_broken_items_are_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "d.json").write_text(text)
+    with pytest.raises(MiaError, match=message):
+        caa.load_items(tmp_path / "d.json")
+    with pytest.raises(MiaError, match="nor a shipped set; shipped: agree_vs_accurate"):
+        caa.load_items(tmp_path / "gone.json")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
+    row = {
+        "question": "q",
+        "answer_matching_behavior": "(A)",
+        "answer_not_matching_behavior": " (B)",
+    }
+    (tmp_path / "d.json").write_text("\ufeff" + json.dumps([row]), encoding="utf-8")
+    assert caa.load_items(tmp_path / "d.json") == [Item("q", "A", "B")]
+
+
+def test_prompts_end_in_an_open_bracket_and_steering_begins_after_the_message(
+    llama: Tiny, tmp_path: Path
+) -> None:
+    plain = caa.prompt(llama.model, ITEMS[0])
+    m = llama.model
+    assert m.detokenize(plain.tokens) == f"<|endoftext|>{ITEMS[0].question}\n\nAnswer: ("
+    assert m.detokenize(plain.tokens[: plain.steered]).endswith("(B) no")
+
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    path = write_tiny(tmp_path / "chat.gguf", "llama", add_bos=False, chat_template=template)
+    with Model(path, threads=1) as chat:
+        p = caa.prompt(chat, ITEMS[0])
+        text = chat.detokenize(p.tokens)
+        assert text == f"<|im_start|>user\n{ITEMS[0].question}<|im_end|>\n<|im_start|>assistant\n("
+        assert chat.detokenize(p.tokens[p.steered :]) == "<|im_end|>\n<|im_start|>assistant\n("
+        with_bos = caa.prompt(chat, ITEMS[0], bos=True)
+        assert with_bos.steered == p.steered + 1
+
+
+def test_a_template_that_does_not_end_a_line_is_followed_by_a_space(tmp_path: Path) -> None:
+    template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    path = write_tiny(tmp_path / "chat.gguf", "llama", add_bos=False, chat_template=template)
+    with Model(path, threads=1) as m:
+        p = caa.prompt(m, ITEMS[0])
+        assert m.detokenize(p.tokens[p.steered :]) == " [/INST] ("
+
+
+def test_in_a_sentencepiece_vocabulary_nothing_gets_a_second_space(tmp_path: Path) -> None:
+    with Model(write_tiny(tmp_path / "spm.gguf", "llama", spm=True), threads=1) as m:
+        item = Item("cat?\n\nChoices:\n (A) dog\n (Q) cat", "A", "Q")
+        p = caa.prompt(m, item)
+        assert p.tokens == m.tokenize(f"{item.question}\n\nAnswer: (")
+        assert m.piece(p.tokens[-1]) == " ("
+        # the letters follow "(" without a space, as "Answer: (A" has them
+        table = caa.evaluate(m, _ones(m), [item] * 2, layers=[1], multipliers=[0.0])
+        ids = [m.tokenize(f"{item.question}\n\nAnswer: ({x}")[-1] for x in "AQ"]
+        assert [m.piece(i) for i in ids] == ["A", "Q"]
+        x = m.run([Request(p.tokens)])[0].logits[-1][ids]
+        assert table.plain[0] == pytest.approx(1 / (1 + np.exp(x[1] - x[0])), abs=1e-5)
+        with pytest.raises(UsageError, match=r"the letter '😀' after '\(' is 4 tokens, not one"):
+            caa.train(m, [Item("cat?", "A", "😀")])
+
+
+def _ones(m: Model) -> Vector:
+    return Vector({i: np.ones(m.n_embd, np.float32) for i in range(m.n_layer)})
+
+
+def _letter(t: Tiny, letter: str) -> int:
+    (token,) = t.model.continuation("(", letter)
+    return token
+
+
+def test_the_vector_is_the_mean_difference_at_the_letter(case: Tiny) -> None:
+    got = caa.train(case.model, ITEMS, name="b")
+    assert got.metadata["n_items"] == "3" and got.name == "b"
+    for layer in got.layers:
+        deltas = []
+        for item in ITEMS:
+            begun = caa.prompt(case.model, item).tokens
+            a, b = (
+                case.oracle.run([*begun, _letter(case, x)])[f"resid_post.{layer}"][-1]
+                for x in (item.matching, item.other)
+            )
+            deltas.append(a - b)
+        np.testing.assert_allclose(got[layer], np.mean(deltas, 0), atol=1e-4)
+    with pytest.raises(UsageError, match="no items"):
+        caa.train(case.model, [])
+
+
+def test_equal_norms(llama: Tiny) -> None:
+    a, b = caa.train(llama.model, ITEMS[:1]), caa.train(llama.model, ITEMS[1:])
+    x, y = caa.equal_norms([a, b])
+    for i in a.layers:
+        want = (a.norms[i] + b.norms[i]) / 2
+        assert x.norms[i] == pytest.approx(want, rel=1e-5)
+        assert y.norms[i] == pytest.approx(want, rel=1e-5)
+        assert x.cosine(a)[i] == pytest.approx(1, abs=1e-5)
+    with pytest.raises(UsageError, match="unequal layers"):
+        caa.equal_norms([a, b.at([1])])
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_table_is_the_oracles(llama: Tiny, together: bool) -> None:
+    v = caa.train(llama.model, ITEMS)
+    layers, factors = [1, 0], [-2.0, 2.0]
+    table = caa.evaluate(
+        llama.model, v, ITEMS, layers=layers, multipliers=factors, together=together
+    )
+    groups = [layers] if together else [[1], [0]]
+    assert table.layers == [g[0] for g in groups] and table.p.shape == (len(groups), 2, 3)
+    for k, item in enumerate(ITEMS):
+        p = caa.prompt(llama.model, item)
+        ids = [_letter(llama, item.matching), _letter(llama, item.other)]
+
+        def share(edits: dict, p: caa.Prompt = p, ids: list[int] = ids) -> float:
+            x = llama.oracle.run(p.tokens, edits)["logits"][-1][ids]
+            return float(1 / (1 + np.exp(x[1] - x[0])))
+
+        assert table.plain[k] == pytest.approx(share({}), abs=1e-5)
+        for i, group in enumerate(groups):
+            for j, c in enumerate(factors):
+                edits = {}
+                for layer in group:
+
+                    def add(
+                        x: np.ndarray, layer: int = layer, c: float = c, p: caa.Prompt = p
+                    ) -> np.ndarray:
+                        x[p.steered :] += c * v[layer]
+                        return x
+
+                    edits[f"resid_post.{layer}"] = add
+                assert table.p[i, j, k] == pytest.approx(share(edits), abs=1e-4)
+    change = table.change(table.layers[0], 2.0, np.random.default_rng(0))
+    assert change.mean == pytest.approx(float((table.p[0, 1] - table.plain).mean()))
+    assert change.low <= change.mean <= change.high
+
+
+TEXTS = [
+    Item("The cat is red?\n\nChoices:\n (A) yes and yes\n (B) no", "A", "B"),
+    Item("The sky is blue?\n\nChoices:\n (A) no and\n (B) yes", "B", "A"),
+]
+
+
+def test_by_text_the_answers_themselves_are_read(llama: Tiny) -> None:
+    m, got = llama.model, caa.train(llama.model, TEXTS, by_text=True)
+    head = "The cat is red?\n\nAnswer:"
+    assert caa.choices(TEXTS[1]) == ("The sky is blue?", "yes", "no and")
+    begun = m.tokenize(head)
+    p = caa.prompt(m, TEXTS[0], by_text=True)
+    assert p.tokens == begun and m.detokenize(begun[: p.steered]).endswith("red?")
+    for layer in got.layers:
+        deltas = []
+        for head, a, b in map(caa.choices, TEXTS):
+            n = len(m.tokenize(f"{head}\n\nAnswer:"))
+            site = f"resid_post.{layer}"
+            x, y = (
+                llama.oracle.run(m.tokenize(f"{head}\n\nAnswer: {t}"))[site][n:].mean(0)
+                for t in (a, b)
+            )
+            deltas.append(x - y)
+        np.testing.assert_allclose(got[layer], np.mean(deltas, 0), atol=1e-4)
+    with pytest.raises(UsageError, match=r"lists no choices \(A\) and \(B\)"):
+        caa.train(m, [Item("no choices", "A", "B")], by_text=True)
+
+
+def test_by_text_the_answers_themselves_are_scored(llama: Tiny) -> None:
+    m, v = llama.model, caa.train(llama.model, TEXTS)
+    table = caa.evaluate(m, v, TEXTS, layers=[1], multipliers=[2.0], by_text=True)
+    for k, item in enumerate(TEXTS):
+        head, *texts = caa.choices(item)
+        begun = caa.prompt(m, item, by_text=True)
+        n = len(begun.tokens)
+
+        def add(x: np.ndarray, at: int = begun.steered) -> np.ndarray:
+            x[at:] += 2 * v[1]
+            return x
+
+        for edits, got in ((None, table.plain[k]), ({"resid_post.1": add}, table.p[0, 0, k])):
+            means = []
+            for text in texts:
+                ids = m.tokenize(f"{head}\n\nAnswer: {text}")
+                x = llama.oracle.run(ids, edits)["logits"]
+                x = x - np.log(np.exp(x).sum(-1, keepdims=True))
+                means.append(np.mean([x[i - 1, ids[i]] for i in range(n, len(ids))]))
+            want = np.exp(means[0]) / np.exp(means).sum()
+            assert got == pytest.approx(want, abs=1e-4)
+
+
+# -- the command -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cli(llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a command on the tiny model in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIA_MODEL", str(llama.path))
+    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
+
+    def run(*words: str, code: int = 0) -> Any:
+        result = CliRunner().invoke(app, [*words, "-t", "1"])
+        assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
+        return result
+
+    return run
+
+
+def _write_items() -> None:
+    rows = [
+        {
+            "question": f"{q}\n\nChoices:\n (A) yes\n (B) no",
+            "answer_matching_behavior": "(A)",
+            "answer_not_matching_behavior": "(B)",
+        }
+        for q in ("red?", "blue?", "cat?", "dog?")
+    ]
+    Path("ab.json").write_text(json.dumps(rows))
+
+
+def test_a_vector_says_what_it_was_made_of_and_eval_what_it_asks_again(
+    cli: Callable[..., Any],
+) -> None:
+    _write_items()
+    made = cli("caa", "train", "ab.json", "-o", "v.gguf", "--items", "..1", "--no-bos")
+    assert "v.gguf: 2 items, layers 1-2" in made.stdout
+    found = load("v.gguf").metadata
+    assert found["data"] == "ab.json" and found["items"] == "0..1" and found["bos"] == "false"
+    assert found["data_sha256"] == hashlib.sha256(Path("ab.json").read_bytes()).hexdigest()
+
+    held_out = cli("caa", "eval", "v.gguf", "ab.json", "--items", "2..", "--json", "--by-text")
+    assert held_out.stderr == ""
+    document = json.loads(held_out.stdout)
+    assert document["vector"] == "v.gguf" and document["items"] == "2..3"
+    assert document["bos"] is True and document["by_text"] is True
+    same = cli("caa", "eval", "v.gguf", "ab.json", "--items", "1..2").stderr
+    assert same == (
+        "mia: v.gguf was made from items 1..1 of this ab.json, which are asked again; give other "
+        "--items\n"
+    )
+    # arithmetic keeps what its parts were made of
+    assert "items 1..1 of" in cli("caa", "eval", "2*v.gguf", "ab.json", "--items", "1..2").stderr
+    Path("ab.json").write_text(Path("ab.json").read_text() + "\n")
+    assert cli("caa", "eval", "v.gguf", "ab.json").stderr == ""
+
+
+def test_a_vector_of_another_model_is_said_to_be(cli: Callable[..., Any]) -> None:
+    _write_items()
+    facts = {"model": "other", "model_sha256": "0" * 64}
+    Vector({1: np.ones(48, np.float32)}, metadata=facts).save("v.gguf")
+    said = cli("caa", "eval", "v.gguf", "ab.json").stderr
+    assert said == "mia: v.gguf was made on another model, other\n"
+    assert cli("caa", "eval", "v.gguf", "ab.json", "-q").stderr == ""
+
+
+def test_refused_before_the_model_is_opened(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_items()
+    monkeypatch.setenv("MIA_MODEL", "gone.gguf")
+    train = ("caa", "train", "ab.json", "-o")
+    assert "ends in .gguf or .safetensors" in cli(*train, "v.txt", code=1).stderr
+    assert "--equal-norm is for several" in cli(*train, "v.gguf", "--equal-norm", code=1).stderr
