@@ -17,7 +17,7 @@ from mia.errors import UsageError
 
 if TYPE_CHECKING:
     from mia.datasets.tasks import Format, Task
-    from mia.measure.metrics import Accuracy
+    from mia.measure.estimates import Accuracy
     from mia.methods.icl import IclExperiment
     from mia.model import Model
     from mia.show import plots
@@ -264,7 +264,7 @@ def _line(task: str, curve: Mapping[int, Accuracy], kind: str, dashes: str) -> p
 
 def share(a: Mapping[str, Any] | None) -> str:
     """An accuracy of a document as a cell: 0.83 [0.74, 0.89]."""
-    return "-" if a is None else f"{a['accuracy']:.2f} [{a['low']:.2f}, {a['high']:.2f}]"
+    return "-" if a is None else f"{a['value']:.2f} [{a['low']:.2f}, {a['high']:.2f}]"
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -281,7 +281,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def print_layers(curves: Mapping[str, Mapping[str, Any]]) -> None:
     """Accuracies of documents by layer, a row for each layer and a column for each curve."""
     rows = [
-        [i, *(f"{c[i]['accuracy']:.2f}" if i in c else "-" for c in curves.values())]
+        [i, *(f"{c[i]['value']:.2f}" if i in c else "-" for c in curves.values())]
         for i in sorted({i for curve in curves.values() for i in curve}, key=int)
     ]
     if rows:
@@ -291,4 +291,4 @@ def print_layers(curves: Mapping[str, Mapping[str, Any]]) -> None:
 
 def rows_mean(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
     """Means of accuracies over the rows of a document."""
-    return {n: round(sum(r[n]["accuracy"] for r in rows) / len(rows), 4) for n in names}
+    return {n: round(sum(r[n]["value"] for r in rows) / len(rows), 4) for n in names}

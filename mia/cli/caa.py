@@ -137,6 +137,7 @@ def evaluate(
     """The probability of the behaviour's answer, over layers and multipliers."""
     import numpy as np
 
+    from mia.measure.estimates import format_estimate
     from mia.methods import caa
     from mia.show import plots
 
@@ -171,7 +172,7 @@ def evaluate(
                 "layers": chosen if together else [layer],
                 "multiplier": c,
                 "p_matching": rounded(table.means[i, j]),
-                "change": table.change(layer, c, rng).as_list(),
+                "change": table.change(layer, c, rng).document(),
             }
             for i, layer in enumerate(table.layers)
             for j, c in enumerate(factors)
@@ -193,7 +194,7 @@ def evaluate(
             print(f"P(matching answer), {len(some)} items; without steering {plain:.3f}")
             print("layer  multiplier  P      change [95 %]")
             for r in rows:
-                shown = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*r["change"])
+                shown = format_estimate(r["change"], sign="+")
                 name = f"{r['layers'][0]}-{r['layers'][-1]}" if together else str(r["layers"][0])
                 print(f"{name:>5s}  {r['multiplier']:>10g}  {r['p_matching']:.3f}  {shown}")
 

@@ -251,12 +251,12 @@ def _evaluated(
 def _as_row(ex: IclExperiment, layer: int, coeff: float, e: Evaluation) -> dict[str, Any]:
     row: dict[str, Any] = {"family": ex.task.family, "layer": layer, "coeff": coeff, **ex.facts}
     for name in ("zero_shot", "icl", "wrong", "zero_shot_vector", "wrong_vector"):
-        row[name] = getattr(e, name).as_dict()
+        row[name] = getattr(e, name).document()
     given = e.vector_given_icl
-    row["vector_given_icl"] = None if given is None else given.as_dict()
+    row["vector_given_icl"] = None if given is None else given.document()
     if e.by_layer:
         row["by_layer"] = {
-            str(i): {"zero_shot_vector": a.as_dict(), "wrong_vector": b.as_dict()}
+            str(i): {"zero_shot_vector": a.document(), "wrong_vector": b.document()}
             for i, (a, b) in e.by_layer.items()
         }
     return row
@@ -339,10 +339,10 @@ def compose(
                 {
                     "composition": c.name,
                     **exs[3].facts,
-                    "zero_shot": made.evaluation.zero_shot.as_dict(),
-                    "icl": made.evaluation.icl.as_dict(),
-                    "direct": made.direct_evaluation.zero_shot_vector.as_dict(),
-                    "composed": made.evaluation.zero_shot_vector.as_dict(),
+                    "zero_shot": made.evaluation.zero_shot.document(),
+                    "icl": made.evaluation.icl.document(),
+                    "direct": made.direct_evaluation.zero_shot_vector.document(),
+                    "composed": made.evaluation.zero_shot_vector.document(),
                     "layers": {"direct": made.direct.layer, "composed": made.layer},
                     "cosine": round(made.cosine, 4),
                     "decoded": {

@@ -129,7 +129,7 @@ def evaluate(
     """Multiple choice (MC1, MC2) with and without, and generated answers beside each other."""
     import numpy as np
 
-    from mia.measure.estimates import bootstrap
+    from mia.measure.estimates import bootstrap, format_estimate
     from mia.methods import caa, iti
     from mia.methods.steering import check_fits
 
@@ -155,9 +155,9 @@ def evaluate(
         rows: list[dict[str, Any]] = [
             {
                 "alpha": a,
-                "mc1": bootstrap(s.mc1, rng).as_list(),
-                "mc2": bootstrap(s.mc2, rng).as_list(),
-                "mc2_change": bootstrap(s.mc2 - scores[0].mc2, rng).as_list(),
+                "mc1": bootstrap(s.mc1, rng).document(),
+                "mc2": bootstrap(s.mc2, rng).document(),
+                "mc2_change": bootstrap(s.mc2 - scores[0].mc2, rng).document(),
             }
             for a, s in zip(alphas, scores, strict=True)
         ]
@@ -178,9 +178,7 @@ def evaluate(
         def human() -> None:
             print("alpha  MC1 [95 %]              MC2 [95 %]              change of MC2 [95 %]")
             for r in rows:
-                cells = [
-                    "{:+.3f} [{:+.3f}, {:+.3f}]".format(*r[k]) for k in ("mc1", "mc2", "mc2_change")
-                ]
+                cells = [format_estimate(r[k], sign="+") for k in ("mc1", "mc2", "mc2_change")]
                 print(f"{r['alpha']:<6g} {cells[0]}  {cells[1]}  {cells[2]}")
             for a in document.get("answers", []):
                 print(f"\n{a['question']}")

@@ -177,7 +177,7 @@ def evaluate(
             plain = None
             if compare:
                 theta = tv.extract(ex)
-                plain = tv.evaluate(ex, theta, match=match).vector.as_dict()
+                plain = tv.evaluate(ex, theta, match=match).vector.document()
         document = {"model": model_facts(m), **ex.facts, "match": match, "file": file, "rows": rows}
         if plain is not None:
             document["task_vector"] = plain
@@ -197,7 +197,7 @@ def _row(name: str, soft: SoftVector, e: Evaluation) -> dict[str, Any]:
     return {
         "name": name,
         "n_active": soft.n_active,
-        "zero_shot": e.zero_shot.as_dict(),
-        "icl": e.icl.as_dict(),
-        "soft": e.soft.as_dict(),
+        "zero_shot": e.zero_shot.document(),
+        "icl": e.icl.document(),
+        "soft": e.soft.document(),
     }

@@ -271,7 +271,8 @@ def _measure(
     import numpy as np
 
     from mia.datasets.shipped import read_lines
-    from mia.measure.estimates import bootstrap, word_share
+    from mia.measure.estimates import bootstrap, format_estimate
+    from mia.measure.metrics import word_share
 
     if samples < 2:
         raise UsageError(f"--samples {samples}: an interval needs two texts or more")
@@ -290,9 +291,9 @@ def _measure(
     rng = np.random.default_rng(generation.seed)
     rows: list[dict[str, Any]] = []
     for c, row, some in zip([0.0, *coeffs], shares, texts, strict=True):
-        entry: dict[str, Any] = {"coeff": c, "share": bootstrap(row, rng).as_list(), "texts": some}
+        entry: dict[str, Any] = {"coeff": c, "share": bootstrap(row, rng).document(), "texts": some}
         if c:
-            entry["change"] = bootstrap(row - shares[0], rng).as_list()
+            entry["change"] = bootstrap(row - shares[0], rng).document()
         rows.append(entry)
     document |= {"words": words, "samples": samples, "seed": generation.seed, "measure": rows}
 
@@ -300,7 +301,7 @@ def _measure(
         print("coeff   share of listed words [95 %]    change [95 %]")
         for row in rows:
             cells = [row["share"], row.get("change")]
-            shown = ["{:.3f} [{:.3f}, {:.3f}]".format(*c) if c else "" for c in cells]
+            shown = [format_estimate(c) if c else "" for c in cells]
             print(f"{row['coeff']:<7g} {shown[0]:<31s} {shown[1]}")
 
     finish(document, output, human)

@@ -163,8 +163,8 @@ def evaluate(
             {"with the task vector": curves},
             "task vector in place of the examples, by layer",
             {
-                "with examples": {r["task"]: r["icl"]["accuracy"] for r in rows},
-                "without examples": {r["task"]: r["zero_shot"]["accuracy"] for r in rows},
+                "with examples": {r["task"]: r["icl"]["value"] for r in rows},
+                "without examples": {r["task"]: r["zero_shot"]["value"] for r in rows},
             },
         )
         notice(f"wrote {plot}", output)
@@ -262,8 +262,8 @@ def conflict(
             "examples": ex.task.name,
             "vector": source.task.name,
             "layer": theta.layer,
-            "with_vector": {"examples": c.shown.as_dict(), "vector": c.put.as_dict()},
-            "without": {"examples": c.shown_plain.as_dict(), "vector": c.put_plain.as_dict()},
+            "with_vector": {"examples": c.shown.document(), "vector": c.put.document()},
+            "without": {"examples": c.shown_plain.document(), "vector": c.put_plain.document()},
         }
 
     def human() -> None:

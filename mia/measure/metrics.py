@@ -1,16 +1,14 @@
-"""Metrics: whether an answer is right, how probable it was, and how sure a share is."""
+"""Metrics: whether an answer is right and how probable it was; shares of words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from mia.errors import RangeError
 
 Array = npt.NDArray[np.float32]
 
@@ -57,62 +55,7 @@ def exact_match(text: str, outputs: Iterable[str], end: str = "") -> bool:
     return any(said(o) == o for o in (o.strip() for o in outputs))
 
 
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """k right of n, with Wilson's interval.
-
-    Attributes:
-        distinct: how many different queries the n are, where some were asked several times. The
-            interval is that of so many: to ask again says little new.
-    """
-
-    k: int
-    n: int
-    distinct: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.k <= self.n or self.n < 1:
-            raise RangeError(f"{self.k} of {self.n} is no share")
-
-    @property
-    def value(self) -> float:
-        return self.k / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 %."""
-        n = self.distinct or self.n
-        return wilson(self.k * n / self.n, n)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
-
-    def as_dict(self) -> dict[str, Any]:
-        low, high = self.interval
-        return {
-            "accuracy": round(self.value, 4),
-            "low": round(low, 4),
-            "high": round(high, 4),
-            "correct": self.k,
-            "n": self.n,
-            **({} if self.distinct is None else {"distinct": self.distinct}),
-        }
-
-
-def accuracy(correct: Sequence[bool] | npt.NDArray[np.bool_]) -> Accuracy:
-    return Accuracy(int(np.sum(correct)), len(correct))
-
-
-def pooled(parts: Sequence[Accuracy], distinct: int) -> Accuracy:
-    """Several as one, over so many different queries."""
-    k, n = sum(a.k for a in parts), sum(a.n for a in parts)
-    return Accuracy(k, n, None if distinct == n else distinct)
-
-
-def wilson(k: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's interval for k of n (Wilson 1927); z = 1.96 for 95 %."""
-    p, zz = k / n, z * z
-    centre = (p + zz / (2 * n)) / (1 + zz / n)
-    half = z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n)) / (1 + zz / n)
-    return (centre - half if k else 0.0), (centre + half if k < n else 1.0)
+def word_share(text: str, words: Collection[str]) -> float:
+    """The share of a text's words that are in a list, case aside; 0 for a text without words."""
+    in_text = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())
+    return sum(w in words for w in in_text) / len(in_text) if in_text else 0.0

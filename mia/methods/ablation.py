@@ -31,6 +31,7 @@ import numpy.typing as npt
 
 from mia.edits import Edit, Function, Tokens
 from mia.errors import RangeError, UsageError
+from mia.measure.losses import AnswerLogProb
 from mia.request import Capture, Request
 from mia.sites import Site, parse_layers
 
@@ -309,9 +310,7 @@ def head_sweep(
     wanted = heads or {i: range(model.n_head) for i in range(model.n_layer)}
     pairs = [(layer, h) for layer in wanted for h in wanted[layer]]
 
-    def metric(logits: Array) -> float:
-        return float(log_probs(logits, answer).sum())
-
+    metric = AnswerLogProb(answer)
     requests = [Request(whole, list(edits), logits=at, metric=metric)]
     requests += [Request(whole, [*edits, *make(*p)], logits=at, metric=metric) for p in pairs]
     results = model.run(requests, progress=progress)
@@ -319,11 +318,3 @@ def head_sweep(
     for (layer, h), result in zip(pairs, results[1:], strict=True):
         ablated[layer, h] = result.value
     return Sweep(results[0].value, ablated)
-
-
-def log_probs(logits: Array, targets: Sequence[int]) -> npt.NDArray[np.float64]:
-    """Log-probability of one target per row: (n,) of logits (n, n_vocab)."""
-    rows = np.asarray(logits, np.float64)
-    top = rows.max(1)
-    logsumexp = top + np.log(np.exp(rows - top[:, None]).sum(1))
-    return rows[np.arange(len(rows)), list(targets)] - logsumexp

@@ -33,9 +33,9 @@ from mia.datasets.shipped import read_text
 from mia.edits import Edit
 from mia.errors import FileError, UsageError
 from mia.io.activations import provenance
-from mia.measure.estimates import Interval, bootstrap
+from mia.measure.estimates import Estimate, bootstrap
+from mia.measure.losses import MeanLoss
 from mia.methods.contrast import PairActivations, aggregate
-from mia.methods.perplexity import TokenLoss
 from mia.methods.steering import Steering, check_fits
 from mia.request import Capture, Request
 from mia.sites import Site
@@ -271,7 +271,7 @@ class Table:
     p: Array
     plain: Array
 
-    def change(self, layer: int, multiplier: float, rng: np.random.Generator) -> Interval:
+    def change(self, layer: int, multiplier: float, rng: np.random.Generator) -> Estimate:
         """The mean change from the unsteered run, with its 95 % interval over items."""
         i, j = self.layers.index(layer), self.multipliers.index(multiplier)
         return bootstrap(self.p[i, j] - self.plain, rng)
@@ -292,20 +292,10 @@ def _asked(begun: Prompt, answers: list[list[int]], edits: Sequence[Edit]) -> li
             [*begun.tokens, *a],
             edits,
             logits=slice(n - 1, n + len(a) - 1),
-            metric=_MeanLoss(np.asarray(a)),
+            metric=MeanLoss(a, np.float32),
         )
         for a in answers
     ]
-
-
-class _MeanLoss:
-    """A metric: the mean loss of an answer's tokens."""
-
-    def __init__(self, answer: npt.NDArray[np.intp]):
-        self._loss = TokenLoss(answer)
-
-    def __call__(self, logits: Array) -> float:
-        return float(self._loss(logits).mean())
 
 
 class _Matching:

@@ -34,7 +34,7 @@ import numpy.typing as npt
 from mia.edits import Edit
 from mia.errors import RangeError
 from mia.io.activations import provenance
-from mia.measure.metrics import Accuracy, accuracy
+from mia.measure.estimates import Accuracy, accuracy
 from mia.methods.icl import IclExperiment, mean_of_right
 from mia.methods.task_vectors import best_of
 from mia.sites import Site

@@ -22,7 +22,7 @@ drawn without replacement the two agree. Olsson et al. also ask what a head writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from mia.edits import Edit
 from mia.errors import RangeError, UsageError
-from mia.methods.ablation import log_probs
+from mia.measure.losses import MeanLoss
 from mia.methods.attention import maps_of, maps_request
 from mia.request import Request
 
@@ -144,10 +144,6 @@ def copy_loss(
         for p in prompts:
             at = range(len(p) - len(p) // 2, len(p) - 1)  # these predict the rest of the copy
             targets = [p[i + 1] for i in at]
-            requests.append(Request(p, list(edits), logits=at, metric=_mean_loss(targets)))
+            requests.append(Request(p, list(edits), logits=at, metric=MeanLoss(targets)))
     values = [r.value for r in model.run(requests)]
     return np.asarray(values, np.float32).reshape(len(variants), len(prompts))
-
-
-def _mean_loss(targets: Sequence[int]) -> Callable[[Array], float]:
-    return lambda logits: -float(np.mean(log_probs(logits, targets)))

@@ -29,7 +29,8 @@ import numpy.typing as npt
 from mia.datasets.tasks import FORMATS, Format, Pair, Split, Task, draw, shuffled, split
 from mia.edits import Edit, Tokens
 from mia.errors import UsageError
-from mia.measure.metrics import Accuracy, FirstToken, accuracy, exact_match
+from mia.measure.estimates import Accuracy, accuracy
+from mia.measure.metrics import FirstToken, exact_match
 from mia.request import Capture, Request
 from mia.sites import Site
 

@@ -30,8 +30,8 @@ from mia.datasets.shipped import read_rows
 from mia.edits import Edit
 from mia.errors import FileError, RangeError, UsageError
 from mia.io.activations import provenance
+from mia.measure.losses import TokenLoss
 from mia.methods import caa
-from mia.methods.perplexity import TokenLoss
 from mia.request import Capture, Request
 from mia.sites import Site
 from mia.vectors import Vector

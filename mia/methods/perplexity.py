@@ -28,14 +28,13 @@ import numpy.typing as npt
 
 from mia.edits import Edit
 from mia.errors import UsageError
+from mia.measure.losses import TokenLoss
 from mia.request import Request
 
 if TYPE_CHECKING:
     from mia.model import Model, Progress
 
 Array = npt.NDArray[np.float32]
-#: makes the edits for a text of this many tokens; None is no steering
-EditsFor = Callable[[int], Sequence[Edit]]
 
 #: logit rows held at a time
 _BLOCK = 64
@@ -135,18 +134,6 @@ def _requests(tokens: Sequence[int], n_scored: int, edits: Sequence[Edit]) -> li
             Request(tokens[:end], edits, logits=slice(start, stop), metric=TokenLoss(targets))
         )
     return out
-
-
-class TokenLoss:
-    """A metric: (n, n_vocab) logits -> (n,) negative log-probability of the targets."""
-
-    def __init__(self, targets: npt.NDArray[np.intp]):
-        self.targets = targets
-
-    def __call__(self, logits: Array) -> Array:
-        high = logits.max(-1)
-        lse = high + np.log(np.exp(logits - high[:, None]).sum(-1))
-        return (lse - logits[np.arange(len(logits)), self.targets]).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)

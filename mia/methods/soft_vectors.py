@@ -37,7 +37,7 @@ import numpy.typing as npt
 from mia.edits import Edit
 from mia.errors import FileError, RangeError, UsageError
 from mia.io.activations import provenance
-from mia.measure.metrics import Accuracy
+from mia.measure.estimates import Accuracy
 from mia.methods.icl import IclExperiment, IclPrompt
 from mia.methods.optimisers import OPTIMISERS
 from mia.sites import Site

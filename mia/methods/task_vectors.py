@@ -31,7 +31,7 @@ from mia.datasets.tasks import draw
 from mia.edits import Edit
 from mia.errors import RangeError, UsageError
 from mia.io.activations import provenance
-from mia.measure.metrics import Accuracy, accuracy, pooled
+from mia.measure.estimates import Accuracy, accuracy, pooled
 from mia.methods.icl import IclExperiment, IclPrompt, mean_of_right
 from mia.sites import Site
 from mia.vectors import Vector
@@ -302,11 +302,11 @@ def as_row(ex: IclExperiment, e: Evaluation) -> dict[str, Any]:
         "task": ex.task.name,
         "family": ex.task.family,
         "layer": e.layer,
-        "zero_shot": e.zero_shot.as_dict(),
-        "icl": e.icl.as_dict(),
-        "vector": e.vector.as_dict(),
-        "vector_given_icl": None if e.vector_given_icl is None else e.vector_given_icl.as_dict(),
+        "zero_shot": e.zero_shot.document(),
+        "icl": e.icl.document(),
+        "vector": e.vector.document(),
+        "vector_given_icl": None if e.vector_given_icl is None else e.vector_given_icl.document(),
     }
     if e.by_layer:
-        row["by_layer"] = {str(i): a.as_dict() for i, a in e.by_layer.items()}
+        row["by_layer"] = {str(i): a.document() for i, a in e.by_layer.items()}
     return row

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def cell(a: dict[str, Any] | None) -> str:
-    return "-" if a is None else f"{a['accuracy']:.2f}"
+    return "-" if a is None else f"{a['value']:.2f}"
 
 
 def table(rows: list[dict[str, Any]], first: str, columns: list[str]) -> None:
@@ -24,11 +24,9 @@ def main() -> None:
         if "wrong" in rows[0]:
             columns = ["icl", "zero_shot", "zero_shot_vector", "vector_given_icl", "wrong"]
             table(rows, "task", [*columns, "wrong_vector"])
-            able = [r for r in rows if r["icl"]["accuracy"] > 0.5]
+            able = [r for r in rows if r["icl"]["value"] > 0.5]
             better = [r for r in able if r["zero_shot_vector"]["low"] > r["zero_shot"]["high"]]
-            more = [
-                r for r in able if r["zero_shot_vector"]["accuracy"] > r["zero_shot"]["accuracy"]
-            ]
+            more = [r for r in able if r["zero_shot_vector"]["value"] > r["zero_shot"]["value"]]
             print(
                 f"in-context above 0.5: {len(able)} tasks; the vector beats zero-shot on {len(more)}, "
                 f"on {len(better)} with intervals apart"
@@ -36,7 +34,7 @@ def main() -> None:
         else:
             table(rows, "task", ["zero_shot", "icl", "vector", "vector_given_icl"])
             able = [r for r in rows if r["icl"]["correct"]]
-            vector, icl = ([r[k]["accuracy"] for r in able] for k in ("vector", "icl"))
+            vector, icl = ([r[k]["value"] for r in able] for k in ("vector", "icl"))
             ratios = [v / i for v, i in zip(vector, icl, strict=True)]
             print(
                 f"vector / in-context over {len(able)} tasks: mean of the ratios "

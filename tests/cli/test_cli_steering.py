@@ -200,12 +200,12 @@ def test_words_are_measured_in_samples() -> None:
     words = ("steer", "v.gguf", "-p", PROMPT, "-n", "6", "--words", "words.txt", "--samples", "4")
     got = document(*words, "--temperature", "1", "--coeff", "0,4")
     assert [r["coeff"] for r in got["measure"]] == [0, 0, 4]
-    from mia.measure.estimates import word_share
+    from mia.measure.metrics import word_share
 
     for row in got["measure"]:
         assert len(row["texts"]) == 4
         shares = [word_share(t, {"cat", "is", "the", "paris"}) for t in row["texts"]]
-        mean, low, high = row["share"]
+        mean, low, high = (row["share"][k] for k in ("value", "low", "high"))
         assert mean == pytest.approx(np.mean(shares), abs=1e-6) and low <= mean <= high
     assert "share of listed words" in run(*words, "--temperature", "1").stdout
     assert "give --temperature" in refused(*words)
@@ -558,7 +558,7 @@ def test_iti() -> None:
     words = ("iti", "eval", "i.safetensors", "ab.json", "--alpha", "0,5")
     scores = document(*words, "--generate", "1", "-n", "3")
     assert [s["alpha"] for s in scores["scores"]] == [0, 5] and len(scores["answers"]) == 1
-    assert scores["scores"][0]["mc2_change"] == [0, 0, 0]
+    assert scores["scores"][0]["mc2_change"] == {"value": 0, "low": 0, "high": 0, "n": 4}
     assert "change of MC2" in run(*words, "--generate", "1", "-n", "3").stdout
     steered = document("steer", "i.safetensors", "--coeff", "5", "-p", PROMPT, "-n", "2")
     assert steered["output"]

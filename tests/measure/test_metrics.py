@@ -1,10 +1,9 @@
-"""Scores of answers, and intervals of shares."""
+"""Scores of answers, and shares of words."""
 
 import numpy as np
 import pytest
 
-from mia.errors import RangeError
-from mia.measure.metrics import Accuracy, FirstToken, accuracy, exact_match, pooled, wilson
+from mia.measure.metrics import FirstToken, exact_match, word_share
 
 
 def test_first_token_reads_the_last_row() -> None:
@@ -46,22 +45,8 @@ def test_an_answer_may_contain_what_ends_answers(text: str, end: str, right: boo
     assert exact_match(text, ["Washington, D.C.", " C#"], end) is right
 
 
-@pytest.mark.parametrize(("k", "n"), [(83, 100), (1, 7), (0, 10), (10, 10)])
-def test_wilson_ends_are_where_the_share_is_just_not_rejected(k: int, n: int) -> None:
-    """Both ends p solve |k/n - p| = z sqrt(p(1 - p) / n), which is the interval's definition."""
-    for p in wilson(k, n):
-        assert abs(k / n - p) == pytest.approx(1.959964 * np.sqrt(p * (1 - p) / n), abs=1e-6)
-    low, high = wilson(k, n)
-    assert low <= k / n <= high and (low < k / n or k == 0) and (high > k / n or k == n)
-
-
-def test_accuracies_add_up() -> None:
-    a = pooled([accuracy([True, False, True]), Accuracy(1, 1)], 4)
-    assert a.distinct is None
-    again = pooled([a, a], 4)  # the same queries: no narrower
-    assert (again.k, again.n, again.interval) == (6, 8, a.interval)
-    assert (a.k, a.n, a.value) == (3, 4, 0.75)
-    assert str(a) == "0.75 [0.30, 0.95]"
-    assert a.as_dict()["correct"] == 3
-    with pytest.raises(RangeError, match="3 of 2"):
-        Accuracy(3, 2)
+def test_word_share_counts_words_and_not_their_case() -> None:
+    words = {"le", "chat", "l'eau", "été"}
+    assert word_share("Le CHAT, et 3 l'eau! Été.", words) == pytest.approx(4 / 5)
+    assert word_share("chats lechat", words) == 0
+    assert word_share("123 !?", words) == 0 and word_share("", words) == 0

@@ -189,8 +189,8 @@ def test_the_table_is_the_oracles(llama: Tiny, together: bool) -> None:
                     edits[f"resid_post.{layer}"] = add
                 assert table.p[i, j, k] == pytest.approx(share(edits), abs=1e-4)
     change = table.change(table.layers[0], 2.0, np.random.default_rng(0))
-    assert change.mean == pytest.approx(float((table.p[0, 1] - table.plain).mean()))
-    assert change.low <= change.mean <= change.high
+    assert change.value == pytest.approx(float((table.p[0, 1] - table.plain).mean()))
+    assert change.low <= change.value <= change.high
 
 
 TEXTS = [

@@ -258,7 +258,7 @@ def test_evaluation_counts_what_the_runs_say(ex: IclExperiment) -> None:
     assert e.vector == e.by_layer[theta.layer] == ex.accuracy(zero, theta.edits())
     assert e.icl == ex.accuracy(ex.few_shot(ex.test))
     exact = tv.evaluate(ex, theta, match="exact")
-    assert exact.vector.k <= e.vector.k
+    assert exact.vector.correct <= e.vector.correct
 
 
 def test_exact_answers_are_generated_under_the_edit(ex: IclExperiment) -> None:
@@ -273,8 +273,8 @@ def test_exact_answers_are_generated_under_the_edit(ex: IclExperiment) -> None:
         Edit("logits", "replace", say, tokens=-1),
         Edit("logits", "replace", stop, tokens=[], generated=True),
     ]
-    assert ex.accuracy([p], edits, match="exact").k == 1
-    assert ex.accuracy([p], edits[1:], match="exact").k == 0
+    assert ex.accuracy([p], edits, match="exact").correct == 1
+    assert ex.accuracy([p], edits[1:], match="exact").correct == 0
     with pytest.raises(UsageError, match="unknown match 'all'; known: first, exact"):
         ex.accuracy([p], match="all")
 
@@ -299,8 +299,8 @@ def test_pooled_test_parts_count_a_query_once(ex: IclExperiment) -> None:
     one = tv.evaluate(ex, theta, by_layer=True)
     both = tv.pool([one, one])
     assert (both.icl.n, both.icl.distinct) == (12, 6)
-    assert both.vector.k == 2 * one.vector.k and both.icl.interval == one.icl.interval
-    assert both.by_layer[0].as_dict()["distinct"] == 6
+    assert both.vector.correct == 2 * one.vector.correct and both.icl.interval == one.icl.interval
+    assert both.by_layer[0].document()["distinct"] == 6
     other = replace(one, asked=frozenset("uvwxyz"))
     assert one.asked.isdisjoint("xy") or tv.pool([one, other]).icl.distinct < 12
 
