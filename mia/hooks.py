@@ -34,7 +34,8 @@ from mia.request import Capture, Request, Result
 from mia.sites import Site, parse_many
 
 if TYPE_CHECKING:
-    from mia.model import Model, Progress
+    from mia.model import Model
+    from mia.progress import Progress
 
 Array = npt.NDArray[np.float32]
 

@@ -13,25 +13,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mia.edits import Edit
+from mia.edits import Edit, Tokens
 from mia.engine.plan import Job, build, edit_table
 from mia.engine.runner import MAX_SEQ, Restart, Runner
 from mia.engine.session import Session
 from mia.errors import EngineError, RangeError, UsageError
+from mia.generation import Generation, Token
 from mia.llama import ggml
 from mia.models import registry
-from mia.request import Request, Result, Sampling
-from mia.sites import BY_KEY, Site
+from mia.progress import Progress, step
+from mia.request import Capture, Request, Result, Sampling
+from mia.sites import BY_KEY, Site, parse_many
 
 if TYPE_CHECKING:
     from mia.engine.graph import Topology
+    from mia.io.activations import Activations
+    from mia.io.provenance import ModelFacts
     from mia.lenses import LogitLens
     from mia.llama.weights import Weights
     from mia.methods.steering import Handle, Steering
     from mia.vectors import Vector
 
 Array = npt.NDArray[np.float32]
-Progress = Callable[[int, int], None]
 
 _UBATCH = 512
 #: bytes that a KV cache may take for running requests side by side; one long request may take more
@@ -497,21 +500,135 @@ class Model:
 
         return steer(self, *vectors, **how)
 
+    def ids(
+        self, prompt: str | Sequence[int], *, bos: bool | None = None, chat: bool = False
+    ) -> list[int]:
+        """Token ids of a prompt: a text is tokenized, with `chat` as a user's turn under the
+        chat template; ids stay as they are.
+
+        Raises `UsageError` where the prompt is empty."""
+        if isinstance(prompt, str):
+            tokens = self.tokenize(self.chat(prompt) if chat else prompt, bos=bos)
+        else:
+            tokens = [int(t) for t in prompt]
+        if not tokens:
+            raise UsageError("the prompt is empty")
+        return tokens
+
+    def token_rows(self, tokens: Iterable[int]) -> list[Token]:
+        """Index, id and text of tokens."""
+        return [Token(i, t, self.piece(t)) for i, t in enumerate(tokens)]
+
+    def has_bos(self, tokens: Sequence[int]) -> bool:
+        """Whether a prompt begins with a BOS token."""
+        return self.bos_token >= 0 and tokens[0] == self.bos_token
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """What results say of this model."""
+        from mia.io.provenance import ModelFacts
+
+        return ModelFacts(self.name, self.path, self.architecture, self.n_layer, self.n_embd)
+
+    def look(
+        self,
+        prompt: str | Sequence[int],
+        sites: str | Site | Sequence[str | Site] = "resid_post",
+        *,
+        tokens: Tokens = None,
+        edits: Sequence[Edit] = (),
+        bos: bool | None = None,
+    ) -> Activations:
+        """Runs a prompt and reads activations.
+
+        Args:
+            prompt: a text or token ids.
+            sites: any spelling, or several: `"l_out"`, `["q.3", "k.3"]`, `"resid_post.14"`.
+            tokens: which tokens of the prompt; None for all.
+            edits: changes while it runs.
+        """
+        ids = self.ids(prompt, bos=bos)
+        capture = Capture(sites, tokens)
+        result = self.run([Request(ids, edits, [capture], logits=None)])[0]
+        return self.activations(ids, result, capture)
+
+    def activations(
+        self, tokens: Sequence[int], result: Result, capture: Capture | None = None
+    ) -> Activations:
+        """What one run read, as `Activations`, which can be saved.
+
+        Args:
+            tokens: the prompt's token ids.
+            capture: only what this one read.
+        """
+        from mia.io.activations import Activations
+        from mia.io.provenance import file_metadata
+
+        sites = result.captures if capture is None else parse_many(capture.sites, self.n_layer)
+        ids = [int(t) for t in tokens]
+        return Activations(
+            {str(s): result.captures[s] for s in sites},
+            lambda: file_metadata(self, tokens=ids, bos=self.has_bos(ids)),
+            f"the activations of {self.name}",
+            facts=self.facts,
+            pieces=[self.piece(t) for t in ids],
+        )
+
     def generate(
         self,
         prompt: str | Sequence[int],
         n_predict: int = 32,
         *,
         edits: Sequence[Edit] = (),
+        captures: Sequence[Capture] = (),
         sampling: Sampling | None = None,
         bos: bool | None = None,
-    ) -> str:
-        """The continuation of a prompt as text."""
-        tokens = self.tokenize(prompt, bos=bos) if isinstance(prompt, str) else prompt
+        baseline: bool = False,
+    ) -> Generation:
+        """Continues a prompt; prints as the text.
+
+        Args:
+            prompt: a text or token ids.
+            edits, captures: changes and reads while it runs.
+            sampling: greedy by default.
+            baseline: continue the unchanged prompt as well, where there are edits.
+        """
+        ids = self.ids(prompt, bos=bos)
         request = Request(
-            tokens, edits=edits, logits=None, n_predict=n_predict, sampling=sampling or Sampling()
+            ids,
+            edits,
+            captures,
+            logits=None,
+            n_predict=n_predict,
+            sampling=sampling or Sampling(),
+            logprobs=True,
         )
-        return self.text(self.run([request])[0].tokens)
+        requests = [request]
+        if edits and baseline:
+            requests.append(replace(request, edits=(), captures=()))
+        with step("running") as bar:
+            results = self.run(requests, progress=bar)
+        plain = self.generation(ids, results[1]) if len(results) > 1 else None
+        return self.generation(ids, results[0], plain)
+
+    def generation(
+        self, tokens: Sequence[int], result: Result, baseline: Generation | None = None
+    ) -> Generation:
+        """A result with generated tokens as a `Generation`.
+
+        Args:
+            tokens: the prompt's token ids.
+        """
+        return Generation(
+            text=self.text(result.tokens),
+            tokens=result.tokens,
+            pieces=[self.piece(t) for t in result.tokens],
+            logprobs=result.logprobs,
+            prompt=self.token_rows(tokens),
+            facts=self.facts,
+            result=result,
+            baseline=baseline,
+        )
 
     def text(self, tokens: Sequence[int]) -> str:
         """Generated tokens as text, without the token that ended the turn."""

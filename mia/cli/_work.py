@@ -161,7 +161,7 @@ def patch_edits(
             )
         rows = []
         for c in loaded:
-            every = c.rows(site)
+            every = c.at(site)
             taken = every[token_indices(from_text, len(every), "--from-token-idx")]
             if len(taken) not in (1, len(to)):
                 raise UsageError(
@@ -223,7 +223,7 @@ def head_changer(
     if files:
         loaded = activations.load(files[0])
         loaded.check(model)
-        source = {layer: loaded.rows(Site("head_out", layer)) for layer in layers}
+        source = {layer: loaded.at(Site("head_out", layer)) for layer in layers}
     elif how == "resample":
         source = ablation.head_outputs(model, tokens, layers)
     rng = np.random.default_rng(o.ablate_seed)

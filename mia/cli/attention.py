@@ -137,10 +137,11 @@ def _rounded(weights: Any) -> Any:
 
 
 def _write_tensor(m: Model, file: str, maps: AttentionMaps, columns: list[int]) -> None:
-    from mia.io.activations import Activations, provenance
+    from mia.io.activations import Activations
+    from mia.io.provenance import file_metadata
 
     name = "value_weighted" if maps.value_weighted else "attention"
-    facts = provenance(m, tokens=maps.tokens, layers=maps.layers, heads=columns)
+    facts = file_metadata(m, tokens=maps.tokens, layers=maps.layers, heads=columns)
     Activations({name: maps.weights[:, columns]}, facts).save(file)
 
 

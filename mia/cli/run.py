@@ -122,12 +122,13 @@ def write_captures(
     m: Model, ids: list[int], result: Result, capture: Capture, file: str, output: OutputOptions
 ) -> list[dict[str, Any]]:
     """Writes the sites of one capture; returns what stands in the file."""
-    from mia.io.activations import Activations, provenance
+    from mia.io.activations import Activations
+    from mia.io.provenance import file_metadata
     from mia.sites import parse_many
 
     arrays = {str(s): result.captures[s] for s in parse_many(capture.sites, m.n_layer)}
     has_bos = m.bos_token >= 0 and ids[0] == m.bos_token
-    Activations(arrays, provenance(m, tokens=ids, bos=has_bos)).save(file)
+    Activations(arrays, file_metadata(m, tokens=ids, bos=has_bos)).save(file)
     notice(f"wrote {file}", output)
     return [{"site": k, "shape": list(a.shape), "dtype": "float32"} for k, a in arrays.items()]
 

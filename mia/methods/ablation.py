@@ -36,7 +36,8 @@ from mia.request import Capture, Request
 from mia.sites import Site, parse_layers
 
 if TYPE_CHECKING:
-    from mia.model import Model, Progress
+    from mia.model import Model
+    from mia.progress import Progress
 
 Array = npt.NDArray[np.float32]
 #: layer -> heads

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from mia.datasets.shipped import read_text
 from mia.edits import Edit
 from mia.errors import FileError, UsageError
-from mia.io.activations import provenance
+from mia.io.provenance import file_metadata
 from mia.measure.estimates import Estimate, bootstrap
 from mia.measure.losses import MeanLoss
 from mia.methods.contrast import PairActivations, aggregate
@@ -42,7 +42,8 @@ from mia.sites import Site
 from mia.vectors import Vector
 
 if TYPE_CHECKING:
-    from mia.model import Model, Progress
+    from mia.model import Model
+    from mia.progress import Progress
 
 Array = npt.NDArray[np.float32]
 
@@ -227,14 +228,13 @@ def train(
             if s.layer is not None
         }
 
-    facts = provenance(
+    facts = file_metadata(
         model,
         method="caa",
         name=name,
         n_items=str(len(items)),
         read="the answer's tokens" if by_text else "the answer's letter",
         bos=model.wants_bos(bos),
-        architecture=model.architecture,
     )
     return aggregate(PairActivations(rows(0), rows(1), "resid_post", facts), "mean")
 

@@ -31,14 +31,15 @@ import numpy.typing as npt
 from mia.datasets.shipped import find_text, read_lines, read_rows, read_text
 from mia.edits import resolve_tokens
 from mia.errors import FileError, MiaError, RangeError, UsageError
-from mia.io.activations import provenance
+from mia.io.provenance import file_metadata
 from mia.plugins import load_function
 from mia.request import Capture, Request
 from mia.sites import Site
 from mia.vectors import Vector
 
 if TYPE_CHECKING:
-    from mia.model import Model, Progress
+    from mia.model import Model
+    from mia.progress import Progress
 
 Array = npt.NDArray[np.float32]
 #: (n, width) positive, (n, width) negative -> (width,)
@@ -240,13 +241,12 @@ def extract(
     def rows(first: int, s: Site) -> Array:
         return np.stack([r.captures[s].mean(0) for r in results[first::2]])  # (n_pairs, width)
 
-    facts = provenance(
+    facts = file_metadata(
         model,
         site=site,
         read=read,
         n_pairs=str(len(ready)),
         bos=model.wants_bos(bos),
-        architecture=model.architecture,
     )
     return PairActivations(
         {s.layer: rows(0, s) for s in sites if s.layer is not None},

@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from mia.edits import Edit
 from mia.errors import RangeError
-from mia.io.activations import provenance
+from mia.io.provenance import file_metadata
 from mia.measure.estimates import Accuracy, accuracy
 from mia.methods.icl import IclExperiment, mean_of_right
 from mia.methods.task_vectors import best_of
@@ -171,7 +171,7 @@ def as_vector(ex: IclExperiment, fv: FunctionVector) -> Vector:
         "coeff": str(fv.coeff),
         "heads": json.dumps(fv.heads),
         **{k: v if isinstance(v, str) else json.dumps(v) for k, v in ex.facts.items()},
-        **provenance(ex.model),
+        **file_metadata(ex.model),
     }
     return Vector({fv.layer: fv.vector}, "resid_post", metadata)
 

@@ -36,7 +36,8 @@ from mia.methods.attention import maps_of, maps_request
 from mia.request import Request
 
 if TYPE_CHECKING:
-    from mia.model import Model, Progress
+    from mia.model import Model
+    from mia.progress import Progress
 
 Array = npt.NDArray[np.float32]
 SCORES = ("previous", "duplicate", "induction", "entropy")

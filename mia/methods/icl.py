@@ -35,7 +35,8 @@ from mia.request import Capture, Request
 from mia.sites import Site
 
 if TYPE_CHECKING:
-    from mia.model import Model, Progress
+    from mia.model import Model
+    from mia.progress import Progress
 
 Array = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]

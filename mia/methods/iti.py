@@ -29,7 +29,7 @@ import numpy.typing as npt
 from mia.datasets.shipped import read_rows
 from mia.edits import Edit
 from mia.errors import FileError, RangeError, UsageError
-from mia.io.activations import provenance
+from mia.io.provenance import file_metadata
 from mia.measure.losses import TokenLoss
 from mia.methods import caa
 from mia.request import Capture, Request
@@ -37,7 +37,8 @@ from mia.sites import Site
 from mia.vectors import Vector
 
 if TYPE_CHECKING:
-    from mia.model import Model, Progress
+    from mia.model import Model
+    from mia.progress import Progress
 
 Array = npt.NDArray[np.float32]
 
@@ -219,13 +220,12 @@ def train(
     for (layer, head), v in directions(data, heads).items():
         row = by_layer.setdefault(layer, np.zeros((model.n_head, model.head_dim), np.float32))
         row[head] = v
-    facts = provenance(
+    facts = file_metadata(
         model,
         method="iti",
         n_questions=str(len(questions)),
         heads=[f"{a}.{b}" for a, b in heads],
         bos=model.wants_bos(bos),
-        architecture=model.architecture,
     )
     vector = Vector({i: v.ravel() for i, v in by_layer.items()}, "head_out", facts)
     return vector, accuracy

@@ -32,7 +32,8 @@ from mia.measure.losses import TokenLoss
 from mia.request import Request
 
 if TYPE_CHECKING:
-    from mia.model import Model, Progress
+    from mia.model import Model
+    from mia.progress import Progress
 
 Array = npt.NDArray[np.float32]
 

@@ -36,7 +36,7 @@ import numpy.typing as npt
 
 from mia.edits import Edit
 from mia.errors import FileError, RangeError, UsageError
-from mia.io.activations import provenance
+from mia.io.provenance import file_metadata
 from mia.measure.estimates import Accuracy
 from mia.methods.icl import IclExperiment, IclPrompt
 from mia.methods.optimisers import OPTIMISERS
@@ -229,7 +229,7 @@ def train(
         "method": f"soft vector: head_out at the last token, blended; {how.optimiser}",
         "evaluations": str(spent),
         **{k: v if isinstance(v, str) else json.dumps(v) for k, v in ex.facts.items()},
-        **provenance(m),
+        **file_metadata(m),
     }
     soft = SoftVector(means, keeper.weights.reshape(m.n_layer, m.n_head), facts)
     return Trained(soft, tuple(curve), spent, keeper.best[0])

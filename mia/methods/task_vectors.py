@@ -30,7 +30,7 @@ import numpy.typing as npt
 from mia.datasets.tasks import draw
 from mia.edits import Edit
 from mia.errors import RangeError, UsageError
-from mia.io.activations import provenance
+from mia.io.provenance import file_metadata
 from mia.measure.estimates import Accuracy, accuracy, pooled
 from mia.methods.icl import IclExperiment, IclPrompt, mean_of_right
 from mia.sites import Site
@@ -163,7 +163,7 @@ def extract(
         "sets": str(sets),
         "dummies": str(dummies),
         **{k: v if isinstance(v, str) else json.dumps(v) for k, v in ex.facts.items()},
-        **provenance(model),
+        **file_metadata(model),
     }
     vector = Vector({i: theta[i] for i in tried}, "resid_post", metadata)
     return TaskVector(vector, layer, dev, by_set[:, :, 0].max(1), tuple(used))

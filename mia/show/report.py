@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Report:
-    """The result of an experiment. A subclass writes `document` and `text`, and `table`, `rows`
+    """The result of an experiment. A subclass writes `document` and `plain`, and `table`, `rows`
     and `plot` where there is more to show."""
 
     def document(self) -> dict[str, Any]:
         """The whole result as JSON has it."""
         raise NotImplementedError
 
-    def text(self) -> str:
+    def plain(self) -> str:
         """The result in plain lines."""
         raise NotImplementedError
 
@@ -35,7 +35,7 @@ class Report:
         """The result as a terminal of this many columns shows it."""
         from rich.text import Text
 
-        return Text(self.text())
+        return Text(self.plain())
 
     def rows(self) -> list[dict[str, Any]]:
         """The result as a list of flat records."""
@@ -60,7 +60,7 @@ class Report:
         return pandas.DataFrame(self.rows())
 
     def __str__(self) -> str:
-        return self.text()
+        return self.plain()
 
     def _repr_html_(self) -> str:
         import io

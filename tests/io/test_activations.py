@@ -11,7 +11,8 @@ from tiny_gguf import write_tiny
 
 from mia.errors import FileError, RangeError, UsageError
 from mia.io import activations, files
-from mia.io.activations import Activations, provenance
+from mia.io.activations import Activations
+from mia.io.provenance import file_metadata
 from mia.model import Model
 from mia.sites import Site
 
@@ -29,12 +30,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
 
 
-def test_round_trip_with_provenance(model: Model, tmp_path: Path) -> None:
+def test_round_trip_with_file_metadata(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    Activations({"resid_post.1": ROWS}, provenance(model, tokens=[5, 6, 7], bos=True)).save(path)
+    Activations({"resid_post.1": ROWS}, file_metadata(model, tokens=[5, 6, 7], bos=True)).save(path)
     back = activations.load(path)
-    np.testing.assert_array_equal(back.rows(Site("resid_post", 1)), ROWS)
-    np.testing.assert_array_equal(back.rows(Site("resid_post", 1), [-1, 0]), ROWS[[2, 0]])
+    np.testing.assert_array_equal(back.at(Site("resid_post", 1)), ROWS)
+    np.testing.assert_array_equal(back.at(Site("resid_post", 1), [-1, 0]), ROWS[[2, 0]])
     assert back.tokens == [5, 6, 7]
     assert back.metadata["model_sha256"] == model.file_hash
     assert json.loads(back.metadata["bos"]) is True
@@ -46,11 +47,11 @@ def test_round_trip_with_provenance(model: Model, tmp_path: Path) -> None:
 def test_npy_stands_for_any_site(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", ROWS[0])
     loaded = activations.load(tmp_path / "v.npy")
-    np.testing.assert_array_equal(loaded.rows(Site("mlp_out", 2)), ROWS[:1])
+    np.testing.assert_array_equal(loaded.at(Site("mlp_out", 2)), ROWS[:1])
 
 
 def test_other_models_are_refused(model: Model) -> None:
-    facts = provenance(model)
+    facts = file_metadata(model)
     with pytest.raises(UsageError, match="another tokenizer"):
         Activations({"resid_post.0": ROWS}, facts | {"tokenizer_sha256": "0"}).check(model)
     with pytest.raises(UsageError, match="width 64"):
@@ -60,9 +61,9 @@ def test_other_models_are_refused(model: Model) -> None:
 def test_missing_sites_and_tokens_are_named() -> None:
     c = Activations({"resid_post.0": ROWS, "q.1": ROWS})
     with pytest.raises(UsageError, match=r"has no k.1; it has resid_post.0, q.1"):
-        c.rows(Site("k", 1))
+        c.at(Site("k", 1))
     with pytest.raises(RangeError, match="0 to 2"):
-        c.rows(Site("q", 1), 3)
+        c.at(Site("q", 1), 3)
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.npy"])

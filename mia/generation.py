@@ -1,0 +1,73 @@
+"""Generation: a continuation with its tokens and their log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mia.show.report import Report
+
+if TYPE_CHECKING:
+    from mia.io.provenance import ModelFacts
+    from mia.request import Result
+
+
+class Token(NamedTuple):
+    """A token of a prompt: its place, its id and its text."""
+
+    index: int
+    id: int
+    text: str
+
+    def document(self) -> dict[str, Any]:
+        return self._asdict()
+
+
+@dataclass(frozen=True, eq=False)
+class Generation(Report):
+    """What a model wrote after a prompt; prints as the text.
+
+    Attributes:
+        text: the continuation, without the token that ended the turn.
+        tokens: its token ids; pieces: their texts.
+        logprobs: natural log-probability of each token under the model's full distribution.
+        baseline: the same without the edits, where it was asked for.
+        prompt: the tokens of the prompt.
+        result: what `Model.run` gave, with the captures.
+    """
+
+    text: str
+    tokens: list[int]
+    pieces: list[str]
+    logprobs: list[float]
+    prompt: Sequence[Token]
+    facts: ModelFacts
+    result: Result
+    baseline: Generation | None = None
+    #: more entries for the document: what was changed
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "model": self.facts.document(),
+            "tokens": [t.document() for t in self.prompt],
+            **self.output(),
+            **({} if self.baseline is None else {"baseline": self.baseline.text}),
+            **self.about,
+        }
+
+    def output(self) -> dict[str, Any]:
+        """The continuation's part of a document."""
+        return {"output": self.text, "output_tokens": self.rows()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {"id": t, "text": piece, "logprob": round(p, 6)}
+            for t, piece, p in zip(self.tokens, self.pieces, self.logprobs, strict=True)
+        ]
+
+    def plain(self) -> str:
+        if self.baseline is None:
+            return self.text
+        return f"baseline: {self.baseline.text}\nchanged:  {self.text}"
