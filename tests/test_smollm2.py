@@ -1,12 +1,9 @@
 """The real model: what the README shows, and what only happens outside tiny models."""
 
-import json
-
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from commands import document
 
-from mia.cli import app
 from mia.cli.tools import DEMO_SOURCE
 from mia.datasets import tasks
 from mia.edits import Edit
@@ -36,9 +33,7 @@ def test_a_task_vector_turns_countries_into_capitals(smollm2: Model) -> None:
 
 
 def test_demo_shows_it() -> None:
-    result = CliRunner().invoke(app, ["demo", "--json"])
-    assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
+    found = document("demo")
     assert [a["patched"] for a in found["answers"]] == [" Paris", " Moscow", " Berlin"]
     assert [a["plain"] for a in found["answers"]] == [" France", " Russia", " Germany"]
     assert found["lens"][-1]["top"][0]["text"] == " Paris"

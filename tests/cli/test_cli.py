@@ -10,48 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import document, refused, run
 from oracle import Oracle
 from tiny_gguf import write_tiny
-from typer.testing import CliRunner
 
-from mia.cli import app
-from mia.io import activations, files
+from mia.io import activations
 
 PROMPT = "The capital of France is"
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("cli") / "tiny.gguf", "llama", add_bos=False)
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MIA_MODEL", str(path))
-    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
-
-
-def run(*words: str, stdin: str | None = None, code: int = 0) -> Any:
-    result = CliRunner().invoke(
-        app, [*words, "-t", "1"] if words[0] != "models" else list(words), input=stdin
-    )
-    assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
-    return result
-
-
-def document(*words: str, **more: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(run(*words, "--json", **more).stdout)
-    return found
-
-
-def refused(*words: str) -> str:
-    """The one line on stderr; nothing on stdout, exit code 1."""
-    result = run(*words, code=1)
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line.startswith("mia: ")]
-    assert len(lines) == 1 and result.stderr.count("\n") == 1, result.stderr
-    return lines[0].removeprefix("mia: ")
+def path(path_without_bos: Path) -> Path:
+    return path_without_bos
 
 
 # -- tokens ---------------------------------------------------------------------

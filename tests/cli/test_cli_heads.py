@@ -6,13 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import document, refused, run, shown_help
 from oracle import Oracle
-from tiny_gguf import write_tiny
-from typer.testing import CliRunner
 
-from mia.cli import app
 from mia.cli.attention import cells
-from mia.io import files
 from mia.model import Model
 
 PROMPT = "The capital of France is the capital of"
@@ -20,15 +17,8 @@ N, LAYERS, HEADS = 8, 3, 6
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("cli") / "tiny.gguf", "llama", add_bos=False)
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MIA_MODEL", str(path))
-    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
+def path(path_without_bos: Path) -> Path:
+    return path_without_bos
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +32,21 @@ def oracle(path: Path) -> Oracle:
     return Oracle(path)
 
 
-def run(*words: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [*words, "-t", "1"])
-    assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
-    return result
-
-
-def document(*words: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(run(*words, "--json").stdout)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("attention",),
+        ("heads",),
+        ("heads", "--repeat-random", "6"),
+        ("ablate", "--answer", " France"),
+        ("attribute", "--answer", " France"),
+        ("run", "-n", "1"),
+    ],
+)
+def test_documents_say_the_model_and_the_tokens(words: tuple[str, ...]) -> None:
+    prompt = () if "--repeat-random" in words else ("-p", PROMPT)
+    found = document(*words, *prompt)
     assert found["model"]["architecture"] == "llama" and found["tokens"][0]["index"] == 0
-    return found
-
-
-def refused(*words: str) -> str:
-    """The one line on stderr; nothing on stdout, exit code 1."""
-    result = run(*words, code=1)
-    assert result.stdout == "" and result.stderr.count("\n") == 1, result.stderr
-    return str(result.stderr.removeprefix("mia: ").rstrip())
 
 
 # -- attention ----------------------------------------------------------------------------
@@ -146,16 +134,10 @@ def test_attention_refuses() -> None:
 
 
 def test_help_says_when_flash_attention_is_off() -> None:
-    text = " ".join(run_help("attention").split())
+    text = shown_help("attention")
     assert (
         "Reading patterns needs flash attention off" in text and "everywhere else it is on" in text
     )
-
-
-def run_help(name: str) -> str:
-    result = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    assert result.exit_code == 0
-    return result.stdout
 
 
 def test_cells_are_coloured_by_weight() -> None:
@@ -426,12 +408,8 @@ def test_wrong_changes_are_refused(words: list[str], message: str) -> None:
 
 
 def test_mean_without_a_file_is_a_usage_error() -> None:
-    result = run_plain("run", "-p", PROMPT, "--ablate", "0.1", "--ablate-with", "mean")
-    assert result.exit_code == 2 and "--ablate-with takes 2 values, 1 are given" in result.stderr
-
-
-def run_plain(*words: str) -> Any:
-    return CliRunner().invoke(app, list(words))
+    result = run("run", "-p", PROMPT, "--ablate", "0.1", "--ablate-with", "mean", code=2)
+    assert "--ablate-with takes 2 values, 1 are given" in result.stderr
 
 
 def test_sites_say_what_heads_are() -> None:

@@ -6,28 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import document, refused, run
 from oracle import Oracle
-from tiny_gguf import write_tiny
-from typer.testing import CliRunner
 
-from mia.cli import app
-from mia.io import files
 from mia.llama.gguf_write import write_gguf
 from mia.vectors import Vector, load
 
 PROMPT = "The capital of France is"
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("cli") / "tiny.gguf", "llama")
-
-
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MIA_MODEL", str(path))
-    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
+def data(folder: Path) -> None:
     rng = np.random.default_rng(0)
     make = {i: rng.standard_normal(48).astype(np.float32) for i in (1, 2)}
     Vector(make, metadata={"name": "v", "architecture": "llama"}).save("v.gguf")
@@ -44,26 +33,6 @@ def _here(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for i, q in enumerate(["cat is red?", "sky is blue?", "Paris in Rome?", "the dog?"])
     ]
     Path("ab.json").write_text(json.dumps(ab))
-
-
-def run(*words: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, list(words))
-    assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
-    return result
-
-
-def document(*words: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(run(*words, "-t", "1", "--json").stdout)
-    return found
-
-
-def refused(*words: str) -> str:
-    """The one line on stderr; nothing on stdout, exit code 1."""
-    result = run(*words, code=1)
-    assert result.stdout == ""
-    lines = [x for x in result.stderr.splitlines() if x]
-    assert len(lines) == 1 and lines[0].startswith("mia: "), result.stderr
-    return lines[0].removeprefix("mia: ")
 
 
 def greedy(path: Path, tokens: list[int], edits: Any, n: int) -> list[int]:
@@ -326,7 +295,7 @@ def test_a_prompt_file_may_begin_with_a_byte_order_mark() -> None:
 
 
 def test_train_show_combine_convert(path: Path) -> None:
-    result = run("vector", "train", "pairs.jsonl", "-o", "t.gguf", "-t", "1")
+    result = run("vector", "train", "pairs.jsonl", "-o", "t.gguf")
     assert "layer 0 is left out" in result.stderr and "wrote t.gguf" in result.stderr
     t = load("t.gguf")
     assert t.layers == [1, 2] and t.name == "t" and t.metadata["n_pairs"] == "2"
@@ -484,7 +453,7 @@ def test_actadd_refuses_what_would_show_nothing() -> None:
 
 
 def test_caa(path: Path) -> None:
-    result = run("caa", "train", "ab.json", "-o", "{name}.gguf", "--items", "0..2", "-t", "1")
+    result = run("caa", "train", "ab.json", "-o", "{name}.gguf", "--items", "0..2")
     assert "ab.gguf: 3 items" in result.stdout
     assert load("ab.gguf").metadata["n_items"] == "3"
     words = (
@@ -543,7 +512,7 @@ def test_caa_refuses() -> None:
 
 def test_caa_draws() -> None:
     pytest.importorskip("matplotlib")
-    run("caa", "eval", "v.gguf", "ab.json", "--layers", "1,2", "--plot", "t.png", "-q", "-t", "1")
+    run("caa", "eval", "v.gguf", "ab.json", "--layers", "1,2", "--plot", "t.png", "-q")
     assert Path("t.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -553,7 +522,7 @@ def test_iti() -> None:
     assert (
         len(got["heads"]) == 3 and np.shape(got["accuracy"]) == (3, 6) and got["site"] == "head_out"
     )
-    plain = run("iti", "train", "ab.json", "-o", "j.safetensors", "--heads", "2", "-t", "1").stdout
+    plain = run("iti", "train", "ab.json", "-o", "j.safetensors", "--heads", "2").stdout
     assert plain.startswith("probe accuracy of 18 heads")
     words = ("iti", "eval", "i.safetensors", "ab.json", "--alpha", "0,5")
     scores = document(*words, "--generate", "1", "-n", "3")
@@ -572,7 +541,7 @@ def test_iti() -> None:
 
 
 def test_perplexity(path: Path) -> None:
-    words = ("perplexity", "-p", "The cat sat on the red mat and the dog", "-t", "1")
+    words = ("perplexity", "-p", "The cat sat on the red mat and the dog")
     got = document(*words, "--steer", "v.gguf", "--coeff", "2")
     ids = [*_tokens(path, "The cat sat on the red mat and the dog")]
     oracle, v = Oracle(path), load("v.gguf")

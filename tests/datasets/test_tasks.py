@@ -1,15 +1,11 @@
-"""Tasks: three file formats, prompts, splits; and `mia tasks`."""
+"""Tasks: three file formats, prompts, splits."""
 
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from mia.cli import app
 from mia.datasets import tasks
 from mia.datasets.tasks import FORMATS, Format, Pair, Task
 from mia.errors import FileError, RangeError, UsageError
@@ -209,53 +205,3 @@ def test_shuffled_continents_are_wrong() -> None:
         most = max(Counter(p.output for p in pairs).values())
         least += max(2 * most - 10, 0)
     assert least <= left <= least + 5  # of 500
-
-
-def _run(*words: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["tasks", *words])
-    assert result.exit_code == code, (result.stdout, result.stderr)
-    return result
-
-
-def test_cli_lists_shows_and_prompts(tmp_path: Path) -> None:
-    listed = json.loads(_run("--json").stdout)
-    assert [e["name"] for e in listed["tasks"]] == [e["name"] for e in tasks.index()]
-    assert listed["compositions"][0].keys() == {"name", "AC", "BC", "BD", "AD"}
-    plain = _run().stdout.splitlines()
-    n = len(listed["tasks"])
-    assert plain[0].startswith("country_capital ") and plain[n] == ""
-    assert [line.split()[0] for line in plain[:n]] == [e["name"] for e in listed["tasks"]]
-    first = listed["compositions"][0]
-    assert len(plain) == n + 2 + len(listed["compositions"])
-    assert plain[n + 2].split(maxsplit=1) == [
-        first["name"],
-        ", ".join(f"{k} {first[k]}" for k in ("AC", "BC", "BD", "AD")),
-    ]
-
-    file = tmp_path / "mine.json"
-    file.write_text('{"a": ["b", "c"], "d": "e", "f": "g"}')
-    assert _run(str(file)).stdout == "a\tb | c\nd\te\nf\tg\n"
-    shown = json.loads(_run(str(file), "--json").stdout)
-    assert shown["pairs"][0] == {"input": "a", "output": ["b", "c"]}
-
-    made = json.loads(
-        _run(
-            str(file), "--prompt", "--shots", "2", "--format", "{input}>{output}\\n", "--json"
-        ).stdout
-    )
-    lines = made["prompt"].split("\n")
-    assert (
-        len(lines) == 3 and lines[2].endswith(">") and made["answers"] in (["b", "c"], ["e"], ["g"])
-    )
-    assert _run("nope", code=1).stderr.startswith("mia: unknown task 'nope'")
-    assert (
-        "3 examples are asked for; 2 are left"
-        in _run(str(file), "--prompt", "--shots", "3", code=1).stderr
-    )
-    nameless = _run("--prompt", code=1)
-    assert (
-        nameless.stderr
-        == "mia: --prompt needs a task: mia tasks NAME --prompt (a name, or a file)\n"
-    )
-    assert nameless.stdout == ""
-    assert r"\n and \t are read" in " ".join(_run("--help").stdout.replace("│", " ").split())

@@ -1,25 +1,19 @@
 """Contrastive activation addition against the oracle, and its data."""
 
-import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from tiny import Tiny
 from tiny_gguf import write_tiny
-from typer.testing import CliRunner
 
-from mia.cli import app
 from mia.errors import MiaError, UsageError
-from mia.io import files
 from mia.methods import caa
 from mia.methods.caa import Item
 from mia.model import Model
 from mia.request import Request
-from mia.vectors import Vector, load
+from mia.vectors import Vector
 
 ITEMS = [
     Item("The cat is red?\n\nChoices:\n (A) yes\n (B) no", "A", "B"),
@@ -242,78 +236,3 @@ def test_by_text_the_answers_themselves_are_scored(llama: Tiny) -> None:
                 means.append(np.mean([x[i - 1, ids[i]] for i in range(n, len(ids))]))
             want = np.exp(means[0]) / np.exp(means).sum()
             assert got == pytest.approx(want, abs=1e-4)
-
-
-# -- the command -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def cli(llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs a command on the tiny model in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MIA_MODEL", str(llama.path))
-    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
-
-    def run(*words: str, code: int = 0) -> Any:
-        result = CliRunner().invoke(app, [*words, "-t", "1"])
-        assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
-        return result
-
-    return run
-
-
-def _write_items() -> None:
-    rows = [
-        {
-            "question": f"{q}\n\nChoices:\n (A) yes\n (B) no",
-            "answer_matching_behavior": "(A)",
-            "answer_not_matching_behavior": "(B)",
-        }
-        for q in ("red?", "blue?", "cat?", "dog?")
-    ]
-    Path("ab.json").write_text(json.dumps(rows))
-
-
-def test_a_vector_says_what_it_was_made_of_and_eval_what_it_asks_again(
-    cli: Callable[..., Any],
-) -> None:
-    _write_items()
-    made = cli("caa", "train", "ab.json", "-o", "v.gguf", "--items", "..1", "--no-bos")
-    assert "v.gguf: 2 items, layers 1-2" in made.stdout
-    found = load("v.gguf").metadata
-    assert found["data"] == "ab.json" and found["items"] == "0..1" and found["bos"] == "false"
-    assert found["data_sha256"] == hashlib.sha256(Path("ab.json").read_bytes()).hexdigest()
-
-    held_out = cli("caa", "eval", "v.gguf", "ab.json", "--items", "2..", "--json", "--by-text")
-    assert held_out.stderr == ""
-    document = json.loads(held_out.stdout)
-    assert document["vector"] == "v.gguf" and document["items"] == "2..3"
-    assert document["bos"] is True and document["by_text"] is True
-    same = cli("caa", "eval", "v.gguf", "ab.json", "--items", "1..2").stderr
-    assert same == (
-        "mia: v.gguf was made from items 1..1 of this ab.json, which are asked again; give other "
-        "--items\n"
-    )
-    # arithmetic keeps what its parts were made of
-    assert "items 1..1 of" in cli("caa", "eval", "2*v.gguf", "ab.json", "--items", "1..2").stderr
-    Path("ab.json").write_text(Path("ab.json").read_text() + "\n")
-    assert cli("caa", "eval", "v.gguf", "ab.json").stderr == ""
-
-
-def test_a_vector_of_another_model_is_said_to_be(cli: Callable[..., Any]) -> None:
-    _write_items()
-    facts = {"model": "other", "model_sha256": "0" * 64}
-    Vector({1: np.ones(48, np.float32)}, metadata=facts).save("v.gguf")
-    said = cli("caa", "eval", "v.gguf", "ab.json").stderr
-    assert said == "mia: v.gguf was made on another model, other\n"
-    assert cli("caa", "eval", "v.gguf", "ab.json", "-q").stderr == ""
-
-
-def test_refused_before_the_model_is_opened(
-    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _write_items()
-    monkeypatch.setenv("MIA_MODEL", "gone.gguf")
-    train = ("caa", "train", "ab.json", "-o")
-    assert "ends in .gguf or .safetensors" in cli(*train, "v.txt", code=1).stderr
-    assert "--equal-norm is for several" in cli(*train, "v.gguf", "--equal-norm", code=1).stderr

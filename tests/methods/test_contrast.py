@@ -1,8 +1,6 @@
 """Directions from pairs: what is read, and what is made of it, against the oracle."""
 
-import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,10 @@ import pytest
 from oracle import Oracle
 from own_functions import own
 from tiny import Tiny
-from typer.testing import CliRunner
 
-from mia.cli import app
 from mia.errors import FileError, MiaError, RangeError, UsageError
-from mia.io import files
 from mia.methods import contrast
 from mia.methods.contrast import Pair, PairActivations
-from mia.vectors import Vector, load
 
 PAIRS = [
     Pair("The cat sat on the mat", "The dog sat on the mat"),
@@ -307,86 +301,3 @@ def test_no_file_and_no_pairs(llama: Tiny) -> None:
         contrast.load_pairs("nowhere")
     with pytest.raises(UsageError, match="no pairs"):
         contrast.train(llama.model, [])
-
-
-# -- the command -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def cli(llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs a command on the tiny model in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MIA_MODEL", str(llama.path))
-    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
-
-    def run(*words: str, code: int = 0) -> Any:
-        result = CliRunner().invoke(app, [*words, "-t", "1"])
-        assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
-        return result
-
-    return run
-
-
-def _write_pairs() -> None:
-    Path("pos.txt").write_text("The cat sat\nsky is blue\n")
-    Path("neg.txt").write_text("The dog sat\nsky is red\n")
-
-
-@pytest.mark.parametrize("site", ["attn_pattern", "attn_scores"])
-def test_sites_by_key_have_no_vectors(cli: Callable[..., Any], site: str) -> None:
-    _write_pairs()
-    words = ("vector", "train", "pos.txt", "neg.txt", "-o", "v.safetensors", "--site", site)
-    assert "one row a token" in cli(*words, code=1).stderr
-
-
-@pytest.mark.parametrize("site", ["l_out-2", "resid_post.2", "blocks.2.hook_resid_post"])
-def test_a_sites_layer_is_the_layer(cli: Callable[..., Any], site: str) -> None:
-    _write_pairs()
-    words = ("vector", "train", "pos.txt", "neg.txt", "-o", "v.gguf", "--site", site)
-    cli(*words)
-    assert load("v.gguf").layers == [2]
-    assert "names layers, and so does --layers" in cli(*words, "--layers", "1", code=1).stderr
-    far = cli(*words[:-1], site.replace("2", "9"), code=1).stderr
-    assert (
-        far == f"mia: '{site.replace('2', '9')}': layer 9 is out of range; this model has 0 to 2\n"
-    )
-
-
-@pytest.mark.parametrize(
-    ("out", "site", "message"),
-    [
-        ("v.npy", "resid_post", "ends in .gguf or .safetensors"),
-        ("v.gguf", "mlp_out", "is for resid_post"),
-    ],
-)
-def test_the_file_is_checked_before_the_model_is_opened(
-    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, out: str, site: str, message: str
-) -> None:
-    _write_pairs()
-    monkeypatch.setenv("MIA_MODEL", "gone.gguf")
-    words = ("vector", "train", "pos.txt", "neg.txt", "-o", out, "--site", site)
-    assert message in cli(*words, code=1).stderr
-
-
-def test_a_vector_says_what_it_was_made_of(cli: Callable[..., Any]) -> None:
-    _write_pairs()
-    words = ("vector", "train", "pos.txt", "neg.txt", "-o", "v.gguf", "--no-bos", "--json")
-    document = json.loads(cli(*words).stdout)
-    found = load("v.gguf").metadata
-    assert found["data"] == "pos.txt, neg.txt" and found["items"] == "0..1"
-    assert found["data_sha256"].split() == [
-        hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in ("pos.txt", "neg.txt")
-    ]
-    assert found["bos"] == "false"
-    # layer 0 is not in the file, and not said to be
-    assert [r["layer"] for r in document["layers"]] == load("v.gguf").layers == [1, 2]
-    kept = json.loads(cli(*words, "--layer-zero").stdout)
-    assert [r["layer"] for r in kept["layers"]] == load("v.gguf").layers == [0, 1, 2]
-
-
-def test_convert_lists_what_is_in_the_file(cli: Callable[..., Any]) -> None:
-    Vector({i: np.ones(4, np.float32) for i in (0, 1)}).save("v.safetensors")
-    result = CliRunner().invoke(
-        app, ["vector", "convert", "v.safetensors", "-o", "v.gguf", "--json"]
-    )
-    assert [r["layer"] for r in json.loads(result.stdout)["layers"]] == [1]

@@ -1,24 +1,17 @@
 """Inference-time intervention against the oracle."""
 
-import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from reference import check
 from tiny import Tiny
-from typer.testing import CliRunner
 
-from mia.cli import app
 from mia.errors import MiaError, RangeError, UsageError
-from mia.io import files
 from mia.methods import iti
 from mia.methods.iti import HeadData, Question
 from mia.request import Capture, Request
-from mia.vectors import load
 
 QUESTIONS = [
     Question("The cat is red?", ("yes",), ("no and no",)),
@@ -215,44 +208,3 @@ def test_the_best_answer_comes_first(tmp_path: Path) -> None:
 def test_marks_of_other_editors_are_read(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text("\ufeff" + _row(question="a\u2028b?"), encoding="utf-8")
     assert iti.load_questions(tmp_path / "q.jsonl") == [Question("a\u2028b?", ("b",), ("c",))]
-
-
-# -- the command -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def cli(llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs a command on the tiny model in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MIA_MODEL", str(llama.path))
-    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
-
-    def run(*words: str, code: int = 0) -> Any:
-        result = CliRunner().invoke(app, [*words, "-t", "1"])
-        assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
-        return result
-
-    return run
-
-
-def test_a_vector_says_what_it_was_made_of_and_eval_what_it_asks_again(
-    cli: Callable[..., Any],
-) -> None:
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra probes)")
-    Path("q.jsonl").write_text(
-        "\n".join(_row(question=f"{x}?") for x in ("cat", "dog", "red", "sky"))
-    )
-    train = ("iti", "train", "q.jsonl", "-o", "v.safetensors", "--heads", "2")
-    cli(*train, "--items", "..1", "--bos")
-    found = load("v.safetensors").metadata
-    assert found["data"] == "q.jsonl" and found["items"] == "0..1" and found["bos"] == "true"
-    assert found["data_sha256"] == hashlib.sha256(Path("q.jsonl").read_bytes()).hexdigest()
-
-    words = ("iti", "eval", "v.safetensors", "q.jsonl", "--items")
-    held_out = cli(*words, "2..", "--json", "--per-token", "--no-bos")
-    assert held_out.stderr == ""
-    document = json.loads(held_out.stdout)
-    assert document["vector"] == "v.safetensors" and document["items"] == "2..3"
-    assert document["bos"] is False and document["per_token"] is True
-    assert "made from items 0..1 of this q.jsonl" in cli(*words, "..2").stderr
-    assert "give at least two" in cli(*words, "3", code=1).stderr
