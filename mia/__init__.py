@@ -1,11 +1,11 @@
 """mia: mechanistic interpretability on quantized GGUF models, through llama.cpp.
 
-from mia import Capture, Edit, Model, Request
+from mia import Edit, Model
 
-model = Model("smollm2")
-run = Request(model.tokenize("The capital of France is"), captures=[Capture("l_out")])
-result = model.run([run])[0]
-result["l_out-14"]                      # (n_tokens, n_embd) float32
+m = Model("smollm2")
+task = m.look(EXAMPLES, "l_out-21")[-1]             # activations of the last token
+print(m.generate("Q: France\\nA:", 1, edits=[Edit("l_out-21", "replace", task, tokens=-1)]))
+print(m.lens(m.look("Q: France\\nA:", "l_out"), k=3))
 """
 
 from __future__ import annotations
@@ -17,27 +17,34 @@ __version__ = "0.1.0"
 
 #: public name -> module; imported at first use, so that `import mia` takes no time
 _WHERE = {
-    "Capture": "mia.request",
     "Activations": "mia.io.activations",
+    "Capture": "mia.request",
+    "Changes": "mia.methods.changes",
     "Edit": "mia.edits",
     "EngineError": "mia.errors",
-    "IclExperiment": "mia.methods.icl",
     "FileError": "mia.errors",
+    "Generation": "mia.generation",
+    "Head": "mia.ranges",
     "Hook": "mia.hooks",
+    "IclExperiment": "mia.methods.icl",
     "LogitLens": "mia.lenses",
     "MiaError": "mia.errors",
+    "MiaWarning": "mia.notices",
     "Model": "mia.model",
     "ModelError": "mia.errors",
     "RangeError": "mia.errors",
     "Readout": "mia.lenses",
+    "Report": "mia.show.report",
     "Request": "mia.request",
     "Result": "mia.request",
     "Sampling": "mia.request",
     "Site": "mia.sites",
     "SiteError": "mia.errors",
-    "Steering": "mia.methods.steering",
+    "Steering": "mia.steering",
+    "TaskSetup": "mia.methods.icl",
     "UsageError": "mia.errors",
     "Vector": "mia.vectors",
+    "show_progress": "mia.progress",
 }
 __all__ = sorted(_WHERE)
 
@@ -45,45 +52,32 @@ if TYPE_CHECKING:
     from mia.edits import Edit as Edit
     from mia.errors import (
         EngineError as EngineError,
-    )
-    from mia.errors import (
         FileError as FileError,
-    )
-    from mia.errors import (
         MiaError as MiaError,
-    )
-    from mia.errors import (
         ModelError as ModelError,
-    )
-    from mia.errors import (
         RangeError as RangeError,
-    )
-    from mia.errors import (
         SiteError as SiteError,
-    )
-    from mia.errors import (
         UsageError as UsageError,
     )
+    from mia.generation import Generation as Generation
     from mia.hooks import Hook as Hook
     from mia.io.activations import Activations as Activations
-    from mia.lenses import LogitLens as LogitLens
-    from mia.lenses import Readout as Readout
-    from mia.methods.icl import IclExperiment as IclExperiment
-    from mia.methods.steering import Steering as Steering
+    from mia.lenses import LogitLens as LogitLens, Readout as Readout
+    from mia.methods.changes import Changes as Changes
+    from mia.methods.icl import IclExperiment as IclExperiment, TaskSetup as TaskSetup
     from mia.model import Model as Model
+    from mia.notices import MiaWarning as MiaWarning
+    from mia.progress import show_progress as show_progress
+    from mia.ranges import Head as Head
     from mia.request import (
         Capture as Capture,
-    )
-    from mia.request import (
         Request as Request,
-    )
-    from mia.request import (
         Result as Result,
-    )
-    from mia.request import (
         Sampling as Sampling,
     )
+    from mia.show.report import Report as Report
     from mia.sites import Site as Site
+    from mia.steering import Steering as Steering
     from mia.vectors import Vector as Vector
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mia.show.report import Report
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from mia.request import Result
 
 
-class Token(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Token:
     """A token of a prompt: its place, its id and its text."""
 
     index: int
@@ -21,7 +22,7 @@ class Token(NamedTuple):
     text: str
 
     def document(self) -> dict[str, Any]:
-        return self._asdict()
+        return {"index": self.index, "id": self.id, "text": self.text}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class Generation(Report):
         text: the continuation, without the token that ended the turn.
         tokens: its token ids; pieces: their texts.
         logprobs: natural log-probability of each token under the model's full distribution.
-        baseline: the same without the edits, where it was asked for.
+        baseline: the unedited run, if requested.
         prompt: the tokens of the prompt.
         result: what `Model.run` gave, with the captures.
     """

@@ -26,9 +26,7 @@ from functools import partial
 from types import EllipsisType
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
+from mia.arrays import Array
 from mia.edits import Edit, Tokens
 from mia.request import Capture, Request, Result
 from mia.sites import Site, parse_many
@@ -36,8 +34,6 @@ from mia.sites import Site, parse_many
 if TYPE_CHECKING:
     from mia.model import Model
     from mia.progress import Progress
-
-Array = npt.NDArray[np.float32]
 
 
 class Hook:
@@ -59,8 +55,8 @@ class Hook:
         *,
         tokens: Tokens | EllipsisType = ...,
     ):
-        """What is given takes the place of the class's own; `tokens=None` stands for all. A
-        subclass with an `__init__` of its own need not call this one."""
+        """Arguments override class attributes; `tokens=None` means all tokens. A subclass with
+        its own `__init__` need not call this one."""
         if sites is not None:
             self.sites = sites
         if tokens is not ...:

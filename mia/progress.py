@@ -20,6 +20,10 @@ def show_progress(on: bool = True) -> None:
     _bars.set(on)
 
 
+def progress_is_shown() -> bool:
+    return _bars.get()
+
+
 @contextmanager
 def step(what: str) -> Iterator[Progress | None]:
     """A bar for one step of an experiment where bars are on, else None."""

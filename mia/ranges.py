@@ -8,7 +8,9 @@
 | `1,4,7..9`      | a list of these                                             |
 | `*`, `all`      | all of them                                                 |
 | `3.5`, `7.*`    | head 5 of layer 3; every head of layer 7                    |
-| `3..7.0-4`      | heads 0 to 4 of layers 3 to 7                               |
+| `3..7.0..4`     | heads 0 to 4 of layers 3 to 7                               |
+
+In Python a number, numbers and `Head`s do as well: `3`, `[1, 4, 7]`, `[Head(3, 5)]`.
 """
 
 from __future__ import annotations
@@ -38,20 +40,47 @@ class Head(NamedTuple):
         return {"layer": self.layer, "head": self.head, **values}
 
 
+#: layers, tokens or items: a text in the grammar above, a number, or several numbers
+Ranges = str | int | Sequence[int]
+#: heads: a text in the grammar above, one head, or several of either
+Heads = str | Head | Sequence[Head | str]
+
+
+def as_text(given: Ranges) -> str:
+    """Numbers in the grammar above; a text as it is."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        return str(given)
+    return ",".join(map(str, given))
+
+
+def _heads_as_text(given: Heads) -> str:
+    if isinstance(given, (str, Head)) or not isinstance(given, Iterable):
+        return str(given)
+    # (3, 5) is as good as Head(3, 5)
+    return ",".join(
+        str(Head(*h)) if isinstance(h, tuple) and len(h) == 2 else str(h) for h in given
+    )
+
+
 # -- indices ---------------------------------------------------------------------------
 
 
-def indices(text: str, n: int, what: str = "", *, kind: str = "index") -> list[int]:
+def indices(given: Ranges, n: int, what: str = "", *, kind: str = "index") -> list[int]:
     """Indices from 0 to n - 1 in the order written, repeated where the text repeats them.
 
     Args:
-        what: what the text was given for, to begin an error message with.
+        what: what they were given for, to begin an error message with.
         kind: the word for one of them: "layer", "token index", "item".
 
     Raises:
         RangeError: not the grammar above, or out of range; the message names the valid range.
     """
-    where = f"{what} {text!r}".strip()
+    text = as_text(given)
+    return indices_in(text, n, f"{what} {text!r}".strip(), kind)
+
+
+def indices_in(text: str, n: int, where: str, kind: str) -> list[int]:
+    """`indices`, with the whole beginning of an error message."""
     out: list[int] = []
     for part in (p.strip() for p in text.split(",")):
         if part in ("*", "all"):
@@ -60,42 +89,55 @@ def indices(text: str, n: int, what: str = "", *, kind: str = "index") -> list[i
         m = re.fullmatch(r"(-?\d+)?(\.\.|-|:)?(-?\d+)?", part)
         if m is None or (m[1] is None and m[3] is None) or (m[2] is None and m[3] is not None):
             raise RangeError(
-                f"{where}: {part!r} is not a {kind}, a range like 3..7 or a list like 1,4"
+                f"{where}: {part!r} is not {_a(kind)}, a range like 3..7 or a list like 1,4"
             )
         if m[2] in ("-", ":") and (m[1] is None or m[3] is None):
             raise RangeError(f"{where}: {part!r} is half a range; write 3.. or ..7")
-        first = 0 if m[1] is None else _index(int(m[1]), n, where, kind)
+        first = 0 if m[1] is None else index_in(int(m[1]), n, where, kind)
         if m[2] is None:
             last = first
         else:
-            last = n - 1 if m[3] is None else _index(int(m[3]), n, where, kind)
+            last = n - 1 if m[3] is None else index_in(int(m[3]), n, where, kind)
         if last < first:
             raise RangeError(f"{where}: the range {part} runs backwards")
         out.extend(range(first, last + 1))
     return out
 
 
-def _index(i: int, n: int, where: str, kind: str) -> int:
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def index_in(i: int, n: int, where: str, kind: str) -> int:
+    """An index from 0 to n - 1; negative ones count from the end. Raises `RangeError`."""
     if not -n <= i < n:
         raise RangeError(f"{where}: {kind} {i} is out of range; there are 0 to {n - 1}")
     return i % n
 
 
-def parse_layers(text: str, n_layer: int, what: str = "layers") -> list[int]:
+def parse_layers(given: Ranges, n_layer: int, what: str = "layers") -> list[int]:
     """Layers, each once, in the order written. Raises `RangeError`."""
-    return list(dict.fromkeys(indices(text, n_layer, what, kind="layer")))
+    return list(dict.fromkeys(indices(given, n_layer, what, kind="layer")))
 
 
-def parse_tokens(text: str, n_tokens: int, what: str = "tokens") -> list[int]:
+def parse_tokens(given: Ranges, n_tokens: int, what: str = "tokens") -> list[int]:
     """Token indices of a prompt. Raises `RangeError`."""
-    return indices(text, n_tokens, what, kind="token index")
+    return indices(given, n_tokens, what, kind="token index")
 
 
-def parse_items(text: str | None, n_items: int, what: str = "items") -> list[int]:
+def parse_token(given: Ranges, n_tokens: int, what: str = "token") -> int:
+    """One token index of a prompt. Raises `RangeError`, or `UsageError` where it is several."""
+    tokens = parse_tokens(given, n_tokens, what)
+    if len(tokens) != 1:
+        raise UsageError(f"{what} {as_text(given)!r} is {len(tokens)} tokens, not one")
+    return tokens[0]
+
+
+def parse_items(given: Ranges | None, n_items: int, what: str = "items") -> list[int]:
     """Items of a data set, each once; None is all. Raises `RangeError`."""
-    if text is None:
+    if given is None:
         return list(range(n_items))
-    return list(dict.fromkeys(indices(text, n_items, what, kind="item")))
+    return list(dict.fromkeys(indices(given, n_items, what, kind="item")))
 
 
 def compact(numbers: Sequence[int]) -> str:
@@ -112,21 +154,27 @@ def compact(numbers: Sequence[int]) -> str:
 # -- heads -----------------------------------------------------------------------------
 
 
-def parse_heads(text: str, n_layer: int, n_head: int, what: str = "heads") -> list[Head]:
+# the last dot that is not part of `..`: 3.5, 3..7.0..4
+_LAYER_HEAD = re.compile(r"((?:[^.]|\.\.)+)\.((?:[^.]|\.\.)+)")
+
+
+def names_heads(text: str) -> bool:
+    """Whether a text is of heads, not of layers."""
+    return any(_LAYER_HEAD.fullmatch(part.strip()) for part in text.split(","))
+
+
+def parse_heads(given: Heads, n_layer: int, n_head: int, what: str = "heads") -> list[Head]:
     """Heads, each once, by layer and head. Raises `UsageError` or `RangeError`."""
+    text = _heads_as_text(given)
     where = f"{what} {text!r}"
     heads: set[Head] = set()
     for part in (p.strip() for p in text.split(",")):
-        layers, dot, of_layer = part.rpartition(".")
-        if not dot or not layers or not re.fullmatch(r"\*|all|\d+([-:]\d+)?", of_layer):
+        m = _LAYER_HEAD.fullmatch(part)
+        if m is None or not re.fullmatch(r"\*|all|[-\d.:]+", m[2]):
             raise UsageError(f"{where}: {part!r} is not LAYER.HEAD, like 3.5 or 7.*")
-        try:
-            chosen = indices(of_layer, n_head)
-        except RangeError:
-            raise RangeError(
-                f"{where}: head {of_layer} is out of range; there are 0 to {n_head - 1}"
-            ) from None
-        heads |= {Head(i, h) for i in indices(layers, n_layer, where, kind="layer") for h in chosen}
+        layers = indices_in(m[1], n_layer, where, "layer")
+        chosen = indices_in(m[2], n_head, where, "head")
+        heads |= {Head(i, h) for i in layers for h in chosen}
     return sorted(heads)
 
 
@@ -164,7 +212,7 @@ def top_heads(
     import numpy as np
 
     if k < 1:
-        raise RangeError(f"{k} heads are asked for; at least 1")
+        raise RangeError(f"k must be at least 1, got {k}")
     sizes = np.abs(values) if by_size else values
     order = np.argsort(-sizes, axis=None, kind="stable")  # NaN last
     order = order[np.isfinite(sizes.ravel()[order])][:k]
@@ -173,23 +221,24 @@ def top_heads(
 
 
 def check_n_heads(n: int, n_layer: int, n_head: int) -> None:
-    """Raises `RangeError` where a model has fewer heads than are asked for."""
+    """Raises `RangeError` if n is not between 1 and the model's number of heads."""
     if not 1 <= n <= n_layer * n_head:
-        raise RangeError(f"{n} heads are asked for; the model has {n_layer * n_head}")
+        raise RangeError(f"n_heads must be 1 to {n_layer * n_head}, got {n}")
 
 
 # -- numbers ---------------------------------------------------------------------------
 
 
-def parse_numbers(text: str, what: str) -> list[float]:
-    """`1`, `0.5,1,2`, `-2,2`: finite numbers, each once. Raises `UsageError`."""
+def parse_numbers(text: str, what: str, *, repeats: bool = False) -> list[float]:
+    """`1`, `0.5,1,2`, `-2,2`: finite numbers, each once unless `repeats`. Raises
+    `UsageError`."""
     try:
         numbers = [float(x) for x in text.split(",")]
     except ValueError:
         raise UsageError(f"{what} {text!r} is not a number or a list like 0.5,1,2") from None
     if not all(abs(x) < float("inf") for x in numbers):
         raise UsageError(f"{what} {text!r} has a number that is not finite")
-    return list(dict.fromkeys(numbers))
+    return numbers if repeats else list(dict.fromkeys(numbers))
 
 
 def parse_counts(text: str, what: str, most: int) -> list[int]:

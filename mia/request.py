@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
-import numpy.typing as npt
 
+from mia.arrays import Array
 from mia.edits import Edit, Tokens
 from mia.errors import SiteError, UsageError
 from mia.sites import Site
 
-Array = npt.NDArray[np.float32]
+T = TypeVar("T")
+
+
+def one_or_more(given: T | Sequence[T], kind: type[T]) -> Sequence[T]:
+    """Several edits or captures; a list of one for one by itself."""
+    return [given] if isinstance(given, kind) else cast(Sequence[T], given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +107,15 @@ class Request:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        # one edit or capture by itself is a list of one
+        object.__setattr__(self, "edits", one_or_more(self.edits, Edit))
+        object.__setattr__(self, "captures", one_or_more(self.captures, Capture))
         if isinstance(self.tokens, str):
             raise UsageError("tokens are ids, not a text; Model.tokenize makes them of one")
         if not all(isinstance(t, (int, np.integer)) for t in self.tokens):
             raise UsageError("tokens are whole numbers; Model.tokenize makes them of a text")
         if not len(self.tokens):
-            raise UsageError("the prompt is empty; give at least one token (--bos adds one)")
+            raise UsageError("the prompt is empty; give at least one token")
         if self.n_predict < 0:
             raise UsageError(f"n_predict {self.n_predict} is negative")
         if isinstance(self.logits, str) and self.logits not in ("last", "all"):

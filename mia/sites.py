@@ -1,32 +1,18 @@
 """Sites: named places in the forward pass, in three spellings.
 
-| canonical        | llama.cpp         | TransformerLens                  | shape of one token's row |
-|------------------|-------------------|----------------------------------|--------------------------|
-| `embed`          | `inp_embd`        | `hook_embed`                     | n_embd                   |
-| `resid_pre.i`    |                   | `blocks.i.hook_resid_pre`        | n_embd                   |
-| `attn_norm.i`    | `attn_norm-i`     | `blocks.i.ln1.hook_normalized`   | n_embd                   |
-| `q.i`            | `Qcur-i`          | `blocks.i.attn.hook_q`           | n_head × head_dim        |
-| `k.i`, `v.i`     | `Kcur-i`, `Vcur-i`| `blocks.i.attn.hook_k`, `…_v`    | n_head_kv × head_dim     |
-| `attn_scores.i`  | `kq-i` **         | `blocks.i.attn.hook_attn_scores` | n_head × n_key           |
-| `attn_pattern.i` | `kq_soft_max-i`   | `blocks.i.attn.hook_pattern`     | n_head × n_key           |
-| `head_out.i`     | `kqv_out-i` *     | `blocks.i.attn.hook_z`           | n_head × head_dim        |
-| `attn_out.i`     | `attn_out-i`      | `blocks.i.hook_attn_out`         | n_embd                   |
-| `resid_mid.i`    | `ffn_inp-i`       | `blocks.i.hook_resid_mid`        | n_embd                   |
-| `mlp_norm.i`     | `ffn_norm-i`      | `blocks.i.ln2.hook_normalized`   | n_embd                   |
-| `mlp_out.i`      | `ffn_out-i`       | `blocks.i.hook_mlp_out`          | n_embd                   |
-| `resid_post.i`   | `l_out-i`         | `blocks.i.hook_resid_post`       | n_embd                   |
-| `final_norm`     | `result_norm`     | `ln_final.hook_normalized`       | n_embd                   |
-| `logits`         | `result_output`   |                                  | n_vocab                  |
+`SITES` is the one table of them: everything that mia knows about a kind of site is read off
+its row. A site that is a node with a llama.cpp name needs a row and nothing else; one that
+has to be searched for in the graph also needs a function in `mia.engine.graph`.
 
-Layers count from zero; `resid_post.i` is the output of block i. `q` and `k` are
-taken after the rotary embedding; `attn_norm` and `mlp_norm` with their weight (and
-bias) applied; `attn_scores` are what the softmax, behind the mask, turns into
-`attn_pattern`. (**) llama.cpp's `kq` has not been scaled yet, nor soft-capped in models
-that do that; ours are both. (*) In today's llama.cpp `kqv_out` is the concatenated heads
-before W_O, in the first tools it was what attention adds to the residual;
-`READS_AS` says where a command reads it in the old sense.
+    resid_post.14    l_out-14    blocks.14.hook_resid_post
 
-A bare name means every layer; `l_out-10..20` and `l_out-3,7` are ranges and lists.
+A bare name means every layer; `l_out-10..20` and `l_out-3,7` are ranges and lists. Layers
+count from zero; `resid_post.i` is the output of block i.
+
+Two llama.cpp names need care. `kqv_out` is the concatenated heads before W_O today, but was
+what attention adds to the residual in the first llama.cpp tools; `reads_as_attn_out` tells
+the commands that keep the old meaning. `kq` is neither scaled nor soft-capped yet; mia's
+`attn_scores` are both, so that the softmax turns them (after the mask) into `attn_pattern`.
 """
 
 from __future__ import annotations
@@ -36,46 +22,149 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mia.errors import RangeError, SiteError
+from mia.errors import SiteError
+from mia.ranges import index_in, indices_in
 
-#: canonical name -> (llama.cpp's names, TransformerLens' name after "blocks.i.")
-_LAYERED: dict[str, tuple[tuple[str, ...], str]] = {
-    "resid_pre": ((), "hook_resid_pre"),
-    "attn_norm": (("attn_norm",), "ln1.hook_normalized"),
-    "q": (("Qcur",), "attn.hook_q"),
-    "k": (("Kcur",), "attn.hook_k"),
-    "v": (("Vcur",), "attn.hook_v"),
-    "attn_scores": (("kq",), "attn.hook_attn_scores"),
-    "attn_pattern": (("kq_soft_max",), "attn.hook_pattern"),
-    "head_out": (("kqv_out",), "attn.hook_z"),
-    "attn_out": (("attn_out",), "hook_attn_out"),
-    "resid_mid": (("ffn_inp",), "hook_resid_mid"),
-    "mlp_norm": (("ffn_norm",), "ln2.hook_normalized"),
-    "mlp_out": (("ffn_out",), "hook_mlp_out"),
-    "resid_post": (("l_out",), "hook_resid_post"),
-}
-_GLOBAL: dict[str, tuple[tuple[str, ...], str]] = {
-    "embed": (("inp_embd",), "hook_embed"),
-    "final_norm": (("result_norm",), "ln_final.hook_normalized"),
-    "logits": (("result_output",), "hook_logits"),
-}
 
-LAYERED = tuple(_LAYERED)
-NAMES = ("embed", *LAYERED, "final_norm", "logits")
-#: sites whose row is one residual vector of width n_embd: what a lens can read
-RESIDUAL = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-#: sites made of heads, with the axis of heads in front
-HEADED = ("q", "k", "v", "attn_scores", "attn_pattern", "head_out")
-#: sites with a number for each query and key; they exist where flash attention is off
-BY_KEY = ("attn_scores", "attn_pattern")
+@dataclass(frozen=True, slots=True)
+class SiteKind:
+    """One row of the table of sites.
 
-_LLAMA = {n: name for name, (names, _) in (_LAYERED | _GLOBAL).items() for n in names}
-_TL = {tl: name for name, (_, tl) in (_LAYERED | _GLOBAL).items()}
+    Attributes:
+        name: mia's name.
+        hook: TransformerLens' name, without `blocks.i.` in front.
+        llama: llama.cpp's names, without the layer; the first is the one that mia prints.
+        shape: one token's row in symbols: `(width,)`, or heads first and then what each head
+            has: numbers (`head_dim`), or one number per key (`n_keys`).
+        layered: whether each block has one.
+        block_end: whether the site lies behind everything that its block (the last block, if
+            the site has no layers) computes.
+        residual: a vector of the residual stream, or one that is added to it.
+        lens: whether the logit lens reads it.
+        about: one line for people; `{n_head}`, `{n_head_kv}`, `{head_dim}` and `{kv_shared}`
+            stand for the model's.
+    """
+
+    name: str
+    hook: str
+    llama: tuple[str, ...] = ()
+    shape: tuple[str, ...] = ("n_embd",)
+    layered: bool = True
+    block_end: bool = False
+    residual: bool = False
+    lens: bool = False
+    about: str = ""
+
+    @property
+    def headed(self) -> bool:
+        """Whether a row is made of heads; they are its first axis."""
+        return len(self.shape) == 2
+
+    @property
+    def by_key(self) -> bool:
+        """Whether a head has a number per key; such sites exist only without flash attention."""
+        return self.shape[-1] == "n_keys"
+
+    def spellings(self, layer: str = "i") -> tuple[str, str, str]:
+        """mia's, llama.cpp's and TransformerLens' name with a layer; "" for none."""
+        llama = self.llama[0] if self.llama else ""
+        if not self.layered:
+            return self.name, llama, self.hook
+        return (
+            f"{self.name}.{layer}",
+            f"{llama}-{layer}" if llama else "",
+            f"blocks.{layer}.{self.hook}",
+        )
+
+
+#: all kinds of sites; a site's place in the graph may be found from those above it
+SITES = (
+    SiteKind("embed", "hook_embed", ("inp_embd",), layered=False, residual=True, lens=True),
+    SiteKind("resid_pre", "hook_resid_pre", residual=True, lens=True),
+    SiteKind("attn_norm", "ln1.hook_normalized", ("attn_norm",), lens=True),
+    SiteKind("mlp_norm", "ln2.hook_normalized", ("ffn_norm",), lens=True),
+    SiteKind(
+        "q",
+        "attn.hook_q",
+        ("Qcur",),
+        ("n_head", "head_dim"),
+        about="{n_head} query heads of {head_dim}, after rotation where the model has it",
+    ),
+    SiteKind(
+        "k",
+        "attn.hook_k",
+        ("Kcur",),
+        ("n_head_kv", "head_dim"),
+        about="{n_head_kv} key heads of {head_dim}{kv_shared}",
+    ),
+    SiteKind(
+        "v",
+        "attn.hook_v",
+        ("Vcur",),
+        ("n_head_kv", "head_dim"),
+        about="{n_head_kv} value heads of {head_dim}{kv_shared}",
+    ),
+    SiteKind(
+        "attn_scores",
+        "attn.hook_attn_scores",
+        ("kq",),
+        ("n_head", "n_keys"),
+        about="{n_head} heads, before mask and softmax; not with flash attention",
+    ),
+    SiteKind(
+        "attn_pattern",
+        "attn.hook_pattern",
+        ("kq_soft_max",),
+        ("n_head", "n_keys"),
+        about="{n_head} heads, rows sum to 1; not with flash attention",
+    ),
+    SiteKind(
+        "head_out",
+        "attn.hook_z",
+        ("kqv_out",),
+        ("n_head", "head_dim"),
+        about="{n_head} heads of {head_dim} side by side, before W_O",
+    ),
+    SiteKind(
+        "attn_out",
+        "hook_attn_out",
+        ("attn_out",),
+        residual=True,
+        lens=True,
+        about="all heads after W_O, its bias and a norm behind it where there is one",
+    ),
+    SiteKind("resid_mid", "hook_resid_mid", ("ffn_inp",), residual=True, lens=True),
+    SiteKind("mlp_out", "hook_mlp_out", ("ffn_out",), residual=True, lens=True),
+    SiteKind("resid_post", "hook_resid_post", ("l_out",), block_end=True, residual=True, lens=True),
+    SiteKind(
+        "final_norm", "ln_final.hook_normalized", ("result_norm",), layered=False, block_end=True
+    ),
+    SiteKind(
+        "logits",
+        "unembed.hook_out",
+        ("result_output",),
+        ("n_vocab",),
+        layered=False,
+        block_end=True,
+    ),
+)
+
+KINDS = {kind.name: kind for kind in SITES}
+NAMES = tuple(KINDS)
+LAYERED = tuple(k.name for k in SITES if k.layered)
+RESIDUAL = tuple(k.name for k in SITES if k.residual)
+HEADED = tuple(k.name for k in SITES if k.headed)
+BY_KEY = tuple(k.name for k in SITES if k.by_key)
+#: what a lens reads: residuals, what is added to them, and their norms
+LENS_READS = tuple(k.name for k in SITES if k.lens)
+
+_OF_LLAMA = {llama: k for k in SITES for llama in k.llama}
+_OF_HOOK = {k.hook: k for k in SITES}
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Site:
-    """One place: a canonical name, and a layer where the name has layers."""
+    """One place: a name of `SITES`, and a layer if the site has layers."""
 
     name: str
     layer: int | None = None
@@ -84,21 +173,36 @@ class Site:
         return self.name if self.layer is None else f"{self.name}.{self.layer}"
 
     @property
+    def kind(self) -> SiteKind:
+        """The site's row of `SITES`."""
+        return KINDS[self.name]
+
+    @property
     def llama(self) -> str:
         """llama.cpp's name of this place: `l_out-14`."""
-        names = (_LAYERED | _GLOBAL)[self.name][0]
-        base = names[0] if names else self.name
+        base = self.kind.llama[0] if self.kind.llama else self.name
         return base if self.layer is None else f"{base}-{self.layer}"
+
+
+def first_block(site: Site, n_layer: int) -> int:
+    """The first block that must run for an edit or capture at `site` to be right."""
+    last = n_layer - 1
+    at_end = site.kind.block_end
+    layer = site.layer if site.layer is not None else last if at_end else 0
+    return min(layer + at_end, last)
+
+
+# -- reading a spelling ------------------------------------------------------------------
 
 
 def parse(text: str | Site, n_layer: int) -> Site:
     """Reads exactly one site. Raises `SiteError` or `RangeError`."""
     if isinstance(text, Site):
-        return _checked(text.name, text.layer, n_layer, str(text))
-    found = parse_many(text, n_layer)
-    if len(found) != 1:
-        raise SiteError(f"{text!r} means {len(found)} sites where one is needed; add a layer")
-    return found[0]
+        return _checked(text, n_layer)
+    sites = parse_many(text, n_layer)
+    if len(sites) != 1:
+        raise SiteError(f"{text!r} means {len(sites)} sites where one is needed; add a layer")
+    return sites[0]
 
 
 def parse_many(text: str | Site | Iterable[str | Site], n_layer: int) -> list[Site]:
@@ -109,89 +213,68 @@ def parse_many(text: str | Site | Iterable[str | Site], n_layer: int) -> list[Si
         RangeError: a layer that the model does not have.
     """
     if isinstance(text, Site):
-        return [parse(text, n_layer)]
+        return [_checked(text, n_layer)]
     if not isinstance(text, str):
         return list(dict.fromkeys(s for part in text for s in parse_many(part, n_layer)))
     name, layers = split_spelling(text.strip())
-    if name in _GLOBAL:
+    if not KINDS[name].layered:
         if layers is not None:
             raise SiteError(f"site {text!r}: {name} has no layers")
         return [Site(name)]
     if layers is None:
         return [Site(name, i) for i in range(n_layer)]
-    return [_checked(name, i, n_layer, text) for i in parse_layers(layers, n_layer, text)]
-
-
-def parse_layers(text: str, n_layer: int, shown: str | None = None) -> list[int]:
-    """`"3"`, `"10..20"` or `"10-20"` (both ends included), `"3,7"`, `"-1"`, `"*"`; sorted as given."""
-    shown = text if shown is None else shown
-    out: list[int] = []
-    for part in text.split(","):
-        part = part.strip()
-        if part in ("*", "all"):
-            out.extend(range(n_layer))
-            continue
-        m = re.fullmatch(r"(-?\d+)(?:(?:\.\.|-|:)(-?\d+))?", part)
-        if m is None:
-            raise RangeError(
-                f"{shown!r}: {part!r} is not a layer, a range like 10..20 or a list like 3,7"
-            )
-        first = _layer(int(m[1]), n_layer, shown)
-        last = first if m[2] is None else _layer(int(m[2]), n_layer, shown)
-        if last < first:
-            raise RangeError(f"{shown!r}: the range {part} runs backwards")
-        out.extend(range(first, last + 1))
-    return list(dict.fromkeys(out))
+    return [Site(name, i) for i in dict.fromkeys(indices_in(layers, n_layer, repr(text), "layer"))]
 
 
 def reads_as_attn_out(text: str) -> bool:
-    """True for the old sense of `kqv_out` (see the module's table)."""
+    """Whether a site is spelled `kqv_out`, which some commands read in its old sense."""
     return re.split(r"[-.]", text.strip(), maxsplit=1)[0] == "kqv_out"
 
 
-def _layer(i: int, n_layer: int, shown: str) -> int:
-    if not -n_layer <= i < n_layer:
-        raise RangeError(f"{shown!r}: layer {i} is out of range; this model has 0 to {n_layer - 1}")
-    return i % n_layer
-
-
-def _checked(name: str, layer: int | None, n_layer: int, shown: str) -> Site:
-    if name in _GLOBAL:
-        if layer is not None:
-            raise SiteError(f"site {shown!r}: {name} has no layers")
-        return Site(name)
-    if name not in _LAYERED:
-        raise _unknown(shown)
-    if layer is None:
-        raise SiteError(f"site {shown!r} needs a layer: {name}.0 to {name}.{n_layer - 1}")
-    return Site(name, _layer(layer, n_layer, shown))
-
-
 def split_spelling(text: str) -> tuple[str, str | None]:
-    """Canonical name, and the text of the layers or None."""
-    m = re.fullmatch(r"blocks\.([^.]+(?:\.\.[^.]+)?)\.(.+)", text)
-    if m is not None and m[2] in _TL:
-        return _TL[m[2]], m[1]
-    if text in _TL:
-        return _TL[text], None
-    for spelling in (r"(.+?)\.((?:-?\d|\*|all).*)", r"(.+?)-((?:-?\d|\*|all).*)"):
+    """mia's name of a site, and the text of the layers or None. Raises `SiteError`."""
+    m = re.fullmatch(r"blocks\.((?:[^.]|\.\.)+)\.(.+)", text)
+    if m is not None and m[2] in _OF_HOOK:
+        return _OF_HOOK[m[2]].name, m[1]
+    if text in _OF_HOOK:
+        return _OF_HOOK[text].name, None
+    for spelling in (r"(.+?)\.((?:-?\d|\.\.|\*|all).*)", r"(.+?)-((?:-?\d|\.\.|\*|all).*)"):
         m = re.fullmatch(spelling, text)
-        if m is not None and (m[1] in NAMES or m[1] in _LLAMA):
-            return _LLAMA.get(m[1], m[1]), m[2]
-    # canonical names win: attn_norm and attn_out are spelled alike in both
-    if text in NAMES:
-        return text, None
-    if text in _LLAMA:
-        return _LLAMA[text], None
+        if m is not None and (kind := _kind(m[1])):
+            return kind.name, m[2]
+    if kind := _kind(text):
+        return kind.name, None
     raise _unknown(text)
+
+
+def _kind(name: str) -> SiteKind | None:
+    # mia's name wins: a name may be spelled alike in llama.cpp
+    return KINDS.get(name) or _OF_LLAMA.get(name)
+
+
+def _checked(site: Site, n_layer: int) -> Site:
+    """The site with its layer counted from zero. Raises `SiteError` or `RangeError`."""
+    if site.name not in KINDS:
+        raise _unknown(str(site))
+    if not site.kind.layered:
+        if site.layer is not None:
+            raise SiteError(f"site {str(site)!r}: {site.name} has no layers")
+        return site
+    if site.layer is None:
+        raise SiteError(
+            f"site {site.name!r} needs a layer: {site.name}.0 to {site.name}.{n_layer - 1}"
+        )
+    return Site(site.name, index_in(site.layer, n_layer, repr(str(site)), "layer"))
 
 
 def _unknown(text: str) -> SiteError:
     block = re.fullmatch(r"(blocks\.[^.]+\.)(.+)", text)
     if block is None:
-        prefix, base, known = "", re.split(r"[-.]\d", text, maxsplit=1)[0], [*NAMES, *_LLAMA]
+        prefix, base = "", re.split(r"[-.]\d", text, maxsplit=1)[0]
+        known = [*NAMES, *_OF_LLAMA]
     else:
-        prefix, base, known = block[1], block[2], [tl for _, tl in _LAYERED.values()]
+        prefix, base = block[1], block[2]
+        known = [k.hook for k in SITES if k.layered]
     near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
     if near:
         return SiteError(

@@ -5,8 +5,10 @@ Tests in tests/cli run in an empty folder with a tiny model (tests/cli/conftest.
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+from oracle import Oracle
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
@@ -44,6 +46,15 @@ def shown_help(*words: str) -> str:
     )
     assert result.exit_code == 0, result.stderr
     return " ".join(result.stdout.replace("│", " ").split())
+
+
+def greedy(path: Path, tokens: list[int], edits: Any, n: int) -> list[int]:
+    """The oracle's continuation of a prompt under edits, what a command must generate."""
+    oracle = Oracle(path)
+    out: list[int] = []
+    for _ in range(n):
+        out.append(int(oracle.run([*tokens, *out], edits)["logits"][-1].argmax()))
+    return out
 
 
 @cache

@@ -11,9 +11,9 @@ import pytest
 from tiny import CASES, Tiny
 from tiny_gguf import write_tiny
 
-from mia import model as mia_model
+from mia.engine import limits
 from mia.errors import MiaError
-from mia.llama.ggml import Context
+from mia.llama import Context
 from mia.model import Model
 
 
@@ -68,15 +68,15 @@ def reopen() -> Iterator[Callable[..., Tiny]]:
 @pytest.fixture
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more cells than the longest request of a run needs."""
-    monkeypatch.setattr(mia_model, "_KV_BYTES", 0)
+    monkeypatch.setattr(limits, "KV_BYTES", 0)
 
 
 @pytest.fixture
 def five_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than five rows in a decode, for models that are opened afterwards. llama.cpp wants
     no more sequences than that either."""
-    monkeypatch.setattr(mia_model, "_UBATCH", 5)
-    monkeypatch.setattr(mia_model, "MAX_SEQ", 5)
+    monkeypatch.setattr(limits, "UBATCH", 5)
+    monkeypatch.setattr(limits, "MAX_SEQUENCES", 5)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ a product, so there the two agree only roughly.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -83,12 +84,12 @@ def rope(x: Array, base: float, *, interleaved: bool) -> Array:
     half = x.shape[-1] // 2
     angle = np.outer(np.arange(len(x)), base ** (-np.arange(half) / half))  # (n_tokens, half)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]  # (n_tokens, 1, half)
-    first, second = np.s_[..., :half], np.s_[..., half:]
+    first, second = slice(half), slice(half, None)
     if interleaved:
-        first, second = np.s_[..., ::2], np.s_[..., 1::2]
+        first, second = slice(0, None, 2), slice(1, None, 2)
     out = np.empty_like(x)  # (n_tokens, heads, head_dim)
-    out[first] = x[first] * cos - x[second] * sin
-    out[second] = x[first] * sin + x[second] * cos
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., first] * sin + x[..., second] * cos
     return out
 
 
@@ -124,7 +125,7 @@ class Oracle:
         self.arch: str = reader.fields["general.architecture"].contents()
         self.spec = SPECS[self.arch]
 
-        def meta(key: str, default: float | None = None) -> float:
+        def meta(key: str, default: Any = None) -> Any:
             field = reader.fields.get(f"{self.arch}.{key}")
             return default if field is None else field.contents()
 

@@ -4,11 +4,12 @@
 `Result` against it. The operators are written down here once more, row by row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from oracle import Oracle
+from tiny import Tiny
 
 from mia.edits import Edit
 from mia.request import Request, Result
@@ -114,6 +115,7 @@ def check_same(a: Result, b: Result, *, atol: float = ELSEWHERE) -> None:
 def _seen(oracle: Oracle, site: Site, n: int) -> Array:
     """(n_queries, 1, n_keys): where a score means something. llama.cpp gives the cells of keys
     that a sliding window has left behind to other tokens."""
+    assert site.layer is not None
     return oracle._visible(site.layer, n)[:, None]
 
 
@@ -158,13 +160,13 @@ def _edit(oracle: Oracle, edit: Edit, x: Array, key: str, n_prompt: int) -> None
         elif edit.dims is not None:
             index = (list(edit.dims),)
         h = row[index]
-        out = _operate(edit, h.reshape(-1), picks.get(p, 0)).reshape(h.shape)
+        out = operate(edit, h.reshape(-1), picks.get(p, 0)).reshape(h.shape)
         if edit.keep_norm:
             out = out * np.sqrt((h * h).sum() / (out * out).sum())
         row[index] = out
 
 
-def _operate(edit: Edit, h: Array, pick: int) -> Array:
+def operate(edit: Edit, h: Array, pick: int) -> Array:
     """One row h (width,) after the operator."""
     if callable(edit.op):
         return np.asarray(edit.op(h[None]))[0]
@@ -181,7 +183,7 @@ def _operate(edit: Edit, h: Array, pick: int) -> Array:
     if v.ndim == 2:
         v = v[pick if len(v) > 1 else 0]
     if edit.op == "replace":
-        return v
+        return c * v
     if edit.op == "add":
         return h + c * v
     if edit.op == "blend":
@@ -196,3 +198,14 @@ def _operate(edit: Edit, h: Array, pick: int) -> Array:
         return h - along
     assert edit.op == "project_out_add"
     return h - along + c * v
+
+
+def check_edits(
+    t: Tiny, tokens: list[int], edits: list[Edit], truth: dict[str, Callable[[Array], Array]]
+) -> None:
+    """Logits at all tokens under edits are the oracle's under functions, which change them."""
+    result = t.model.run([Request(tokens, edits, logits="all")])[0]
+    changed = t.oracle.run(tokens, truth)["logits"]
+    assert result.logits is not None
+    assert np.abs(result.logits - changed).max() < TOLERANCE
+    assert np.abs(changed - t.oracle.run(tokens)["logits"]).max() > 1e-3

@@ -1,19 +1,24 @@
 """Edits on a running model against the oracle: every site, every operator, every layout."""
 
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from extended import run_extended
 from reference import ELSEWHERE, UNTOUCHED, check, check_same, check_untouched, expected
 from tiny import CASES, Tiny
 
-from mia.edits import OPERATORS, Edit
+from mia import edits
+from mia.cli.steer import ALIASES
+from mia.edits import OPERATORS, Edit, Function, Tokens
 from mia.errors import EngineError, RangeError, SiteError, UsageError
 from mia.request import Capture, Request, Result
-from mia.sites import LAYERED, Site
+from mia.sites import Site
 
 N_TOKENS = 12
 #: ways to say which tokens, and how many of N_TOKENS they are
@@ -47,9 +52,8 @@ def _selections(t: Tiny) -> list[dict[str, Any]]:
 
 
 def _width(t: Tiny, site: str, heads: Any = None, dims: Any = None) -> int:
-    shape = t.model.topology.sites[
-        Site(*(site.split(".")[0], *map(int, site.split(".")[1:])))
-    ].shape
+    name, *layer = site.split(".")
+    shape = t.model.topology.sites[Site(name, *map(int, layer))].shape
     if heads is None:
         return int(np.prod(shape)) if dims is None else len(dims)
     return len(heads) * (shape[-1] if dims is None else len(dims))
@@ -75,16 +79,18 @@ def _site_requests(t: Tiny, prompt: list[int]) -> list[Request]:
 def _operator_requests(t: Tiny, prompt: list[int]) -> list[Request]:
     """Each operator at each selection, with tokens, coefficients and 1-D and 2-D values in turn."""
     rng = np.random.default_rng(4)
-    requests = []
-    for op in [*OPERATORS, _double_and_roll]:
+    requests: list[Request] = []
+    ops: list[str | Function] = [*OPERATORS, _double_and_roll]
+    for op in ops:
         for where in _selections(t):
             tokens, n = TOKENS[len(requests) % len(TOKENS)]
             width = _width(t, **where)
             more: dict[str, Any] = {"coeff": round(rng.uniform(-1.5, 1.5), 3)}
-            if op in ("add", "scale", "blend") and len(requests) % 2:
+            row = None if callable(op) else OPERATORS[op]
+            if row and row.coeff == "each" and len(requests) % 2:
                 several = next(k for k in (3, 2, 7) if width % k == 0)
                 more["coeff"] = rng.uniform(-1.5, 1.5, several)
-            if op not in ("scale", "zero", _double_and_roll):
+            if row and row.value:
                 rows = (1,) if len(requests) % 3 == 0 else (n,) if len(requests) % 3 == 1 else ()
                 more["value"] = rng.standard_normal((*rows, width))
             if len(requests) % 4 == 3:
@@ -136,12 +142,8 @@ def _check_all(
 
 def test_all_sites_are_tried(suite: Any) -> None:
     t, requests, _ = suite
-    n = t.oracle.n_layer
-    everywhere = {Site(x) for x in ("embed", "final_norm", "logits")} | {
-        Site(x, i) for x in LAYERED for i in range(n)
-    }
-    assert set(t.model.topology.sites) == everywhere
-    assert {r.edits[0].site for r in requests[1 : 1 + len(everywhere)]} == everywhere
+    sites = set(t.model.topology.sites)
+    assert {r.edits[0].site for r in requests[1 : 1 + len(sites)]} == sites
 
 
 def test_in_one_batch(suite: Any) -> None:
@@ -190,7 +192,8 @@ def test_functions_see_the_selected_rows_and_cannot_harm_them(llama: Tiny) -> No
 
 def test_an_edit_of_no_tokens_changes_nothing(llama: Tiny) -> None:
     prompt, v = llama.prompt(), llama.vector()
-    for tokens in ([], slice(0, 0), slice(99, None)):
+    nothing: list[Tokens] = [[], slice(0, 0), slice(99, None)]
+    for tokens in nothing:
         edit = Edit("resid_post.1", "add", v, tokens=tokens)
         clean, result = (llama.model.run([Request(prompt, e)])[0] for e in ([], [edit]))
         np.testing.assert_array_equal(result.logits, clean.logits)
@@ -350,7 +353,7 @@ def test_the_logits_may_be_minus_infinity(llama: Tiny) -> None:
     request = Request(llama.prompt(), [Edit("logits", ban)], n_predict=3, stop_at_eog=False)
     result = llama.model.run([request])[0]
     assert max(result.tokens) < 40
-    assert np.isneginf(result.logits[:, 40:]).all()
+    assert result.logits is not None and np.isneginf(result.logits[:, 40:]).all()
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("of mine"), KeyError("x"), SystemExit(3)])
@@ -395,3 +398,83 @@ def test_a_function_need_not_be_hashable(llama: Tiny) -> None:
     request = Request(llama.prompt(), [Edit("resid_post.1", Scaled(2.0))])
     same = Request(llama.prompt(), [Edit("resid_post.1", "scale", coeff=2.0)])
     check_same(llama.model.run([request])[0], llama.model.run([same])[0])
+
+
+# -- the table of operators ----------------------------------------------------------------
+
+
+def test_the_module_has_the_table() -> None:
+    rows = re.findall(r"^\| `(\w+)` +\| (.*?) +\|$", edits.__doc__ or "", re.MULTILINE)
+    assert rows == [(o.name, o.formula) for o in OPERATORS.values()]
+
+
+def test_other_names_of_operators() -> None:
+    assert set(ALIASES.values()) < set(OPERATORS) and not set(ALIASES) & set(OPERATORS)
+
+
+def test_replace_puts_c_times_v_and_copies_nothing_at_1() -> None:
+    h, v = np.ones((2, 3), np.float32), np.array([0.1, -2, 3], np.float32)
+    apply = OPERATORS["replace"].apply
+    np.testing.assert_array_equal(apply(h, v, np.float32(-0.7)), [np.float32(-0.7) * v] * 2)
+    assert np.shares_memory(apply(h, v, np.float32(1)), v)
+    rows = np.zeros((2, 3), np.float32)
+    Edit("resid_post.0", "replace", [v, 2 * v], coeff=3).apply(rows, np.arange(2), np.arange(2))
+    np.testing.assert_array_equal(rows, [3 * v, 3 * (2 * v)])
+
+
+ADDED = """
+import sys
+import numpy as np
+from mia import Capture, Edit, Model, Request, Steering, UsageError, Vector
+
+def refused(make):
+    try:
+        make()
+    except UsageError as err:
+        return str(err)
+
+v = np.random.default_rng(0).standard_normal(48).astype(np.float32)
+vector = Vector({1: v})
+print(refused(lambda: Edit("l_out-1", "push", v)))
+print(refused(lambda: Steering(vector, "push").edits()))
+print(refused(lambda: Edit("l_out-1", "added", 0 * v)))
+print(refused(lambda: Edit("l_out-1", "added", v, coeff=[1, 2])))
+with Model(sys.argv[1], threads=1) as model:
+    def run(edits):
+        return model.run([Request([5, 6, 7], edits, [Capture("l_out-1")])])[0]["l_out-1"]
+    plain = run([])
+    for edits in ([Edit("l_out-1", "added", v, tokens=1, coeff=2)],
+                  Steering(vector, "added", 2, tokens=1).edits()):
+        rows = run(edits)
+        np.testing.assert_array_equal(rows[::2], plain[::2])
+        h = plain[1].astype(np.float64)
+        np.testing.assert_allclose(rows[1], h - 2 * (h @ v) / (v @ v) * v, atol=1e-4)
+"""
+
+
+def test_an_operator_is_added_by_its_row_alone(tmp_path: Path, llama: Tiny) -> None:
+    row = """    Operator("added", "h - 2(h·v̂)v̂", lambda h, v, c: h - 2 * _projection(h, v) * v,
+             direction=True, coeff="none"),"""
+    printed = run_extended(tmp_path, "edits.py", "_TABLE = (", row, ADDED, str(llama.path))
+    edit, steering, zero, several = printed.splitlines()
+    assert edit == f"unknown operator 'push'; known: added, {', '.join(OPERATORS)}"
+    assert steering.startswith("unknown operator 'push'; known: added, replace, add, mean")
+    assert zero == "the direction of the edit at l_out-1 is zero"
+    assert several.startswith("operator 'added' takes one coefficient; several are for add")
+
+
+def test_several_coefficients_stand_for_equal_parts_of_the_row() -> None:
+    rows = np.ones((1, 6), np.float32)
+    at = np.zeros(1, np.intp)
+    Edit("head_out.0", "blend", np.full(6, 3), coeff=[0, 1, 0.5]).apply(rows, at, at)
+    np.testing.assert_array_equal(rows, [[1, 1, 3, 3, 2, 2]])
+    Edit("head_out.0", "scale", coeff=np.array([2, 0])).apply(rows, at, at)
+    np.testing.assert_array_equal(rows, [[2, 2, 6, 0, 0, 0]])
+    Edit("resid_post.0", "add", np.ones(2), dims=[0, 5], coeff=[1, -1]).apply(rows, at, at)
+    np.testing.assert_array_equal(rows, [[3, 2, 6, 0, 0, -1]])
+    with pytest.raises(UsageError, match="rows of 6 here, which 4 coefficients do not divide"):
+        Edit("mlp_out.0", "scale", coeff=[1, 2, 3, 4]).check(Site("mlp_out", 0), (6,), 1)
+    with pytest.raises(UsageError, match="'clamp' takes one coefficient"):
+        Edit("mlp_out.0", "clamp", np.ones(6), coeff=[1, 2])
+    with pytest.raises(UsageError, match="not a finite number"):
+        Edit("mlp_out.0", "scale", coeff=[1, np.nan])

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from reference import check, check_same
-from tiny import Tiny
+from tiny import Tiny, logits
 from tiny_gguf import write_tiny
 
 from mia.edits import Edit
 from mia.errors import MiaError, ModelError, RangeError, SiteError, UsageError
-from mia.llama.ggml import Context, library
+from mia.llama import Context
+from mia.llama.library import library
 from mia.model import Model
 from mia.request import Capture, Request, Result
 from mia.sites import Site
@@ -65,8 +66,8 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"ctx": -1}, RangeError, "a context of -1 tokens is not possible"),
-        ({"threads": -2}, RangeError, "-2 threads are not possible; 1 to"),
+        ({"ctx": -1}, RangeError, "ctx must be at least 1, got -1"),
+        ({"threads": -2}, RangeError, "threads must be at least 1, got -2"),
         ({"kv_type": "q3"}, UsageError, "unknown kv type 'q3'; known: f32, f16, bf16"),
     ],
 )
@@ -80,8 +81,8 @@ def test_options_that_make_no_sense(
 def test_a_model_closes(llama: Tiny) -> None:
     with Model(llama.path, threads=1) as m:
         m.run([Request([1, 2]), Request([1, 2], captures=[Capture("embed")])])
-        assert m._sessions
-    assert not m._sessions and m._llama.handle is None
+        assert m._engine.sessions.open
+    assert not m._engine.sessions.open and m._llama.handle is None
     m.close()  # twice is once
     with pytest.raises(MiaError):
         m.run([Request([1, 2])])
@@ -97,7 +98,7 @@ def test_quantized_files_run(tmp_path: Path, llama: Tiny) -> None:
             prompt = t.prompt(8)
             got = m.run([Request(prompt, captures=[Capture("l_out")], logits="all")])[0]
             want = t.oracle.run(prompt)
-            assert np.corrcoef(got.logits.ravel(), want["logits"].ravel())[0, 1] > 0.99
+            assert np.corrcoef(logits(got).ravel(), want["logits"].ravel())[0, 1] > 0.99
             for i in range(3):
                 both = got[f"l_out-{i}"].ravel(), want[f"resid_post.{i}"].ravel()
                 assert np.corrcoef(*both)[0, 1] > 0.99
@@ -181,7 +182,7 @@ def test_conversations(llama: Tiny, tmp_path: Path) -> None:
         pytest.raises(UsageError, match="chat template of broken fails"),
     ):
         m.chat("x")
-    with pytest.raises(UsageError, match="llama has no chat template; run without --chat"):
+    with pytest.raises(UsageError, match="llama has no chat template"):
         llama.model.chat("x")
 
 
@@ -196,7 +197,7 @@ def test_nothing_asked_is_nothing_done(llama: Tiny, decoded: list[int]) -> None:
 
 def test_requests_may_be_any_iterable_and_tokens_any_integers(llama: Tiny) -> None:
     prompt = llama.prompt(6)
-    forms = [prompt, tuple(prompt), np.array(prompt), np.array(prompt, np.int32)]
+    forms: list[Any] = [prompt, tuple(prompt), np.array(prompt), np.array(prompt, np.int32)]
     results = llama.model.run(Request(p, logits="all") for p in forms)
     for result in results:
         check(result, Request(prompt, logits="all"), llama.oracle)
@@ -291,16 +292,23 @@ def test_longer_and_longer_prompts_in_one_model(llama: Tiny, reopen: Any) -> Non
         check_same(plain, Result(logits=read.logits))
         if n <= 200:
             check(read, Request(prompt, captures=[Capture("l_out-2")]), t.oracle)
-    assert {key: s.context.params.n_ctx for key, s in t.model._sessions.items()} == {
+    assert {key: s.context.params.n_ctx for key, s in t.model._engine.sessions.open.items()} == {
         (False, False): 768,
         (True, False): 768,
     }
 
 
+def test_one_request_in_place_of_a_list_while_steered(llama: Tiny, reopen: Any) -> None:
+    model = reopen(llama).model
+    model.standing_edits.append(Edit("l_out-1", "add", llama.vector()))
+    with pytest.raises(UsageError, match=r"a list of requests; for one: run\(\[request\]\)\[0\]"):
+        model.run(Request([5, 6]))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Request([]), UsageError, r"the prompt is empty; give at least one token \(--bos"),
+        (lambda: Request([]), UsageError, "the prompt is empty; give at least one token"),
         (lambda: Request([1], logits="first"), UsageError, 'logits is \'first\'; "last", "all"'),
         (lambda: Request([5] * 257), RangeError, "a prompt of 257 tokens is longer than .* of 256"),
         (lambda: Request([5, 328]), RangeError, "token id 328 is out of range; .* has 0 to 327"),
@@ -312,7 +320,7 @@ def test_longer_and_longer_prompts_in_one_model(llama: Tiny, reopen: Any) -> Non
             "token index -2 is out of range",
         ),
         (lambda: Request([5], captures=[Capture("l_oot")]), SiteError, "did you mean l_out"),
-        (lambda: Request([5], captures=[Capture("l_out-3")]), RangeError, "layer 3 .* has 0 to 2"),
+        (lambda: Request([5], captures=[Capture("l_out-3")]), RangeError, "layer 3 .* 0 to 2"),
     ],
 )
 def test_a_request_that_does_not_fit(
@@ -322,6 +330,78 @@ def test_a_request_that_does_not_fit(
         llama.model.run([Request([5, 6]), make()])
     assert type(caught.value) is error
     check(llama.model.run([Request([5, 6])])[0], Request([5, 6]), llama.oracle)
+
+
+# -- look and generate -----------------------------------------------------------------------------
+
+
+def test_look_reads_sites_of_a_text_or_of_ids(case: Tiny) -> None:
+    m, tokens = case.model, case.prompt(6)
+    sites = case.oracle.run(tokens)
+    a = m.look(tokens, ["l_out", "q.1"], tokens=[-1, 2])
+    assert [str(s) for s in a.sites] == ["resid_post.0", "resid_post.1", "resid_post.2", "q.1"]
+    for name in a.arrays:
+        np.testing.assert_allclose(a[name], sites[name][[5, 2]], atol=1e-4)
+    assert a.tokens == tokens and [t.text for t in a.prompt] == [m.piece(t) for t in tokens]
+    text = "The capital of France"
+    read = m.look(text, "l_out-1", bos=True)
+    assert read.tokens == m.tokenize(text, bos=True)
+    np.testing.assert_array_equal(read[:], m.look(read.tokens, "l_out-1")[:])
+
+
+def test_look_at_a_changed_run(llama: Tiny) -> None:
+    tokens, v = llama.prompt(5), llama.vector()
+    a = llama.model.look(tokens, "l_out", edits=[Edit("l_out-1", "add", v, tokens=2)])
+
+    def edit(h: np.ndarray) -> np.ndarray:
+        h[2] += v
+        return h
+
+    sites = llama.oracle.run(tokens, {"resid_post.1": edit})
+    for layer in range(3):
+        np.testing.assert_allclose(a.layer(layer), sites[f"resid_post.{layer}"], atol=1e-4)
+
+
+def test_generate_gives_text_tokens_and_log_probabilities(case: Tiny) -> None:
+    m, tokens = case.model, case.prompt(6)
+    g = m.generate(tokens, 4)
+    whole = list(tokens)
+    for token, piece, logprob in zip(g.tokens, g.pieces, g.logprobs, strict=True):
+        logits = case.oracle.run(whole)["logits"][-1]
+        assert token == logits.argmax() and piece == m.piece(token)
+        assert abs(logprob - (logits.max() - np.log(np.exp(logits).sum()))) < 1e-4
+        whole.append(token)
+    assert len(g.tokens) == 4 or g.result.tokens[-1] == g.tokens[-1]
+    assert str(g) == g.text == m.text(g.tokens)
+    assert g.rows()[0] == {
+        "id": g.tokens[0],
+        "text": g.pieces[0],
+        "logprob": round(g.logprobs[0], 6),
+    }
+    assert g.document()["output"] == g.text and g.document()["output_tokens"] == g.rows()
+    assert "baseline" not in g.document() and [t.id for t in g.prompt] == tokens
+
+
+def test_generate_with_a_change_beside_the_baseline(llama: Tiny) -> None:
+    m, tokens, v = llama.model, llama.prompt(6), 9 * llama.vector()
+    edit = Edit("l_out-1", "replace", v, tokens=-1)
+    g = m.generate(tokens, 3, edits=[edit], captures=[Capture("l_out-1")], baseline=True)
+    assert g.baseline is not None and g.baseline.text == m.generate(tokens, 3).text
+    assert g.text == m.generate(tokens, 3, edits=[edit]).text != g.baseline.text
+    assert str(g) == f"baseline: {g.baseline.text}\nchanged:  {g.text}"
+    assert g.document()["baseline"] == g.baseline.text
+    np.testing.assert_allclose(g.result["l_out-1"][5], v, rtol=1e-6)
+    assert not g.baseline.result.captures
+    assert m.generate(tokens, 3, baseline=True).baseline is None  # there is nothing to compare
+
+
+def test_an_empty_prompt_is_refused(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "plain.gguf", "llama", add_bos=False)
+    with Model(path, threads=1) as m:
+        for read in (m.ids, m.look, m.generate):
+            with pytest.raises(UsageError, match="the prompt is empty"):
+                read("")
+        assert len(m.ids("", bos=True)) == 1
 
 
 # -- control vectors ------------------------------------------------------------------------------
@@ -370,7 +450,7 @@ def test_steering_all_tokens_is_llama_cpp_s_control_vector(
     for request, again, a, b in zip(requests, read, fast, slow, strict=True):
         check(a, request, case.oracle)
         check(b, again, case.oracle)
-        np.testing.assert_allclose(a.logits, b.logits, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(logits(a), logits(b), rtol=0, atol=1e-5)
         assert a.tokens == b.tokens
     plain = Request(case.prompt(9, seed=9), logits="all")
     check(case.model.run([plain])[0], plain, case.oracle)  # it is off again
@@ -470,3 +550,17 @@ def test_what_is_no_request_is_named(llama: Tiny) -> None:
         Request("The cat")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="whole numbers"):
         Request([1.5, 2])  # type: ignore[list-item]
+
+
+def test_one_edit_or_capture_by_itself_is_a_list_of_one(llama: Tiny) -> None:
+    m, ids = llama.model, llama.prompt()
+    edit, capture = Edit("l_out-1", "zero", tokens=-1), Capture("l_out-2")
+    (alone,) = m.run([Request(ids, edit, capture)])  # type: ignore[arg-type]
+    (listed,) = m.run([Request(ids, [edit], [capture])])
+    np.testing.assert_array_equal(logits(alone), logits(listed))
+    np.testing.assert_array_equal(alone["l_out-2"], listed["l_out-2"])
+    assert (
+        m.generate(ids, 3, edits=edit, captures=capture).tokens
+        == m.generate(ids, 3, edits=[edit]).tokens
+    )
+    np.testing.assert_array_equal(m.look(ids, "l_out-2", edits=edit)["l_out-2"], listed["l_out-2"])

@@ -1,5 +1,7 @@
 """One grammar of ranges."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,8 @@ from mia.ranges import (
     parse_items,
     parse_layers,
     parse_numbers,
+    parse_token,
+    parse_tokens,
     top_heads,
 )
 
@@ -65,6 +69,12 @@ def test_layers_and_items_come_once() -> None:
     assert parse_items(None, 3) == [0, 1, 2]
 
 
+def test_one_token() -> None:
+    assert parse_token("-1", 10) == 9 and parse_token("*", 1) == 0
+    with pytest.raises(UsageError, match=r"token '1\.\.3' is 3 tokens, not one"):
+        parse_token("1..3", 10)
+
+
 def test_compact_is_read_back() -> None:
     assert compact([1, 2, 3, 7]) == "1..3,7" and compact([5]) == "5" and compact([]) == ""
 
@@ -77,6 +87,17 @@ def test_compact_is_read_back() -> None:
         ("0..1.2", ["0.2", "1.2"]),
         ("2.*", [f"2.{h}" for h in range(6)]),
         ("2..3.1-2,2.1", ["2.1", "2.2", "3.1", "3.2"]),
+        ("-1.0", ["3.0"]),
+        ("*.5", ["0.5", "1.5", "2.5", "3.5"]),
+        ("3.0..2", ["3.0", "3.1", "3.2"]),
+        ("3.-1", ["3.5"]),
+        ("2..3.0..1", ["2.0", "2.1", "3.0", "3.1"]),
+        ("2.4..", ["2.4", "2.5"]),
+        ("..1.2", ["0.2", "1.2"]),
+        ("2...3", ["2.3", "3.3"]),
+        ("1:2.1", ["1.1", "2.1"]),
+        ("3.all", [f"3.{h}" for h in range(6)]),
+        ("3.1:2", ["3.1", "3.2"]),
     ],
 )
 def test_heads(text: str, meant: list[str]) -> None:
@@ -88,14 +109,54 @@ def test_heads(text: str, meant: list[str]) -> None:
     [
         ("3", UsageError, "heads '3': '3' is not LAYER.HEAD"),
         ("3.", UsageError, "is not LAYER.HEAD"),
+        ("3.x", UsageError, "'3.x' is not LAYER.HEAD"),
+        ("", UsageError, "'' is not LAYER.HEAD"),
         ("3.6", RangeError, "heads '3.6': head 6 is out of range; there are 0 to 5"),
-        ("3.4-6", RangeError, "head 4-6 is out of range"),
+        ("3.4-6", RangeError, "head 6 is out of range; there are 0 to 5"),
+        ("3.5-2", RangeError, "the range 5-2 runs backwards"),
+        ("3.5..2", RangeError, r"the range 5\.\.2 runs backwards"),
+        ("3..", UsageError, r"'3\.\.' is not LAYER.HEAD"),
+        ("3..4", UsageError, "is not LAYER.HEAD"),
+        ("3.1-", RangeError, "'1-' is half a range"),
         ("4.0", RangeError, "layer 4 is out of range; there are 0 to 3"),
     ],
 )
 def test_what_is_no_head_is_said(text: str, error: type[MiaError], message: str) -> None:
     with pytest.raises(error, match=message):
         parse_heads(text, 4, 6)
+
+
+def test_numbers_and_heads_of_python_are_ranges() -> None:
+    assert parse_layers(3, 10) == parse_layers([3], 10) == parse_layers([np.int64(3)], 10) == [3]
+    assert parse_layers(range(2, 5), 10) == parse_layers((2, 3, 4), 10) == [2, 3, 4]
+    assert parse_tokens(-1, 10) == parse_tokens([-1], 10) == [9] and parse_token(-1, 10) == 9
+    assert parse_items([4, 1, 4], 10) == [4, 1]
+    heads = [Head(3, 1), Head(0, 2)]
+    assert parse_heads(heads, 4, 6) == parse_heads([Head(3, 1), "0.2"], 4, 6) == sorted(heads)
+    assert parse_heads(Head(-1, -1), 4, 6) == [Head(3, 5)]
+    pairs: Any = [(3, 1)]
+    assert parse_heads(pairs, 4, 6) == [Head(3, 1)]
+    array: Any = np.array([3, 4])
+    assert parse_layers(array, 10) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (10, "layers '10': layer 10 is out of range; there are 0 to 9"),
+        ([1, -11], "layers '1,-11': layer -11 is out of range"),
+        ([], "layers '': '' is not a layer"),
+        (1.5, "'1.5' is not a layer"),
+        ([True], "'True' is not a layer"),
+    ],
+)
+def test_numbers_that_are_no_layers_are_said(given: Any, message: str) -> None:
+    with pytest.raises(RangeError, match=message):
+        parse_layers(given, 10)
+    with pytest.raises(RangeError, match="layer 4 is out of range"):
+        parse_heads([Head(4, 0)], 4, 6)
+    with pytest.raises(UsageError, match=r"'3' is not LAYER\.HEAD"):
+        parse_heads(3, 4, 6)  # type: ignore[arg-type]
 
 
 def test_a_head_is_one_thing() -> None:
@@ -113,7 +174,7 @@ def test_top_heads_are_largest_first_and_never_nan() -> None:
     assert len(top_heads(a, 99)) == 5
     with pytest.raises(RangeError, match="at least 1"):
         top_heads(a, 0)
-    with pytest.raises(RangeError, match="7 heads are asked for; the model has 6"):
+    with pytest.raises(RangeError, match="n_heads must be 1 to 6, got 7"):
         check_n_heads(7, 2, 3)
 
 

@@ -1,44 +1,41 @@
-"""Names of sites: three spellings, ranges and lists, and what is no site."""
+"""Names of sites: three spellings, ranges and lists, what is no site, and the table of them."""
+
+import json
+import re
+from pathlib import Path
 
 import pytest
+from extended import run_extended
+from tiny import Tiny
 
 from mia.errors import RangeError, SiteError
 from mia.sites import (
     BY_KEY,
     HEADED,
     LAYERED,
+    LENS_READS,
     NAMES,
     RESIDUAL,
     Site,
+    first_block,
     parse,
-    parse_layers,
     parse_many,
     reads_as_attn_out,
 )
 
-#: canonical, llama.cpp, TransformerLens; all of layer 2 where there are layers
-SPELLINGS = [
-    ("embed", "inp_embd", "hook_embed"),
-    ("resid_pre.2", None, "blocks.2.hook_resid_pre"),
-    ("attn_norm.2", "attn_norm-2", "blocks.2.ln1.hook_normalized"),
-    ("q.2", "Qcur-2", "blocks.2.attn.hook_q"),
-    ("k.2", "Kcur-2", "blocks.2.attn.hook_k"),
-    ("v.2", "Vcur-2", "blocks.2.attn.hook_v"),
-    ("attn_scores.2", "kq-2", "blocks.2.attn.hook_attn_scores"),
-    ("attn_pattern.2", "kq_soft_max-2", "blocks.2.attn.hook_pattern"),
-    ("head_out.2", "kqv_out-2", "blocks.2.attn.hook_z"),
-    ("attn_out.2", "attn_out-2", "blocks.2.hook_attn_out"),
-    ("resid_mid.2", "ffn_inp-2", "blocks.2.hook_resid_mid"),
-    ("mlp_norm.2", "ffn_norm-2", "blocks.2.ln2.hook_normalized"),
-    ("mlp_out.2", "ffn_out-2", "blocks.2.hook_mlp_out"),
-    ("resid_post.2", "l_out-2", "blocks.2.hook_resid_post"),
-    ("final_norm", "result_norm", "ln_final.hook_normalized"),
-    ("logits", "result_output", None),
-]
+
+def _spellings() -> list[list[str]]:
+    """The README's table: canonical, llama.cpp, TransformerLens, with layer 2 for i."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = readme.split("<!-- sites -->\n")[1].split("\n<!-- /sites -->")[0].splitlines()[2:]
+    return [[re.sub(r"\bi\b", "2", x.strip(" `")) for x in row.split("|")[1:4]] for row in table]
+
+
+SPELLINGS = _spellings()
 
 
 @pytest.mark.parametrize("spellings", SPELLINGS, ids=lambda s: s[0])
-def test_three_spellings_are_one_site(spellings: tuple[str, str | None, str | None]) -> None:
+def test_three_spellings_are_one_site(spellings: list[str]) -> None:
     name, _, layer = spellings[0].partition(".")
     site = Site(name, int(layer) if layer else None)
     for text in filter(None, spellings):
@@ -51,8 +48,9 @@ def test_three_spellings_are_one_site(spellings: tuple[str, str | None, str | No
 
 def test_every_name_is_tried() -> None:
     assert [s[0].split(".")[0] for s in SPELLINGS] == list(NAMES)
-    assert {*LAYERED, "embed", "final_norm", "logits"} == set(NAMES)
-    assert set(RESIDUAL) < set(NAMES)
+    assert ["attn_pattern.2", "kq_soft_max-2", "blocks.2.attn.hook_pattern"] in SPELLINGS
+    assert ["resid_pre.2", "", "blocks.2.hook_resid_pre"] in SPELLINGS
+    assert set(LAYERED) < set(NAMES) and set(RESIDUAL) < set(LENS_READS) < set(NAMES)
     assert set(BY_KEY) < set(HEADED) < set(NAMES)
 
 
@@ -72,6 +70,12 @@ def test_every_name_is_tried() -> None:
         ("resid_post.*", [0, 1, 2, 3, 4]),
         ("l_out-all", [0, 1, 2, 3, 4]),
         ("blocks.1..2.hook_resid_post", [1, 2]),
+        ("blocks.3...hook_resid_post", [3, 4]),
+        ("blocks...1.hook_resid_post", [0, 1]),
+        ("blocks.0,3..4.hook_resid_post", [0, 3, 4]),
+        ("resid_post...1", [0, 1]),
+        ("l_out-..1", [0, 1]),
+        ("l_out-3..", [3, 4]),
         ("blocks.3,1.hook_resid_post", [3, 1]),
         ("blocks.*.hook_resid_post", [0, 1, 2, 3, 4]),
         ("blocks.-1.hook_resid_post", [4]),
@@ -82,7 +86,13 @@ def test_ranges_and_lists(text: str, layers: list[int]) -> None:
 
 
 def test_several_are_kept_in_order_and_once() -> None:
-    texts = ["l_out-2", Site("q", -1), "embed", "blocks.2.hook_resid_post", "q.0..2"]
+    texts: list[str | Site] = [
+        "l_out-2",
+        Site("q", -1),
+        "embed",
+        "blocks.2.hook_resid_post",
+        "q.0..2",
+    ]
     assert parse_many(texts, 3) == [
         Site("resid_post", 2),
         Site("q", 2),
@@ -127,11 +137,11 @@ def test_unknown_sites_name_near_ones(text: str | Site, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("l_out-5", "'l_out-5': layer 5 is out of range; this model has 0 to 4"),
+        ("l_out-5", "'l_out-5': layer 5 is out of range; there are 0 to 4"),
         ("resid_post.-6", "layer -6 is out of range"),
-        ("blocks.9.attn.hook_q", "layer 9 is out of range; this model has 0 to 4"),
+        ("blocks.9.attn.hook_q", "layer 9 is out of range; there are 0 to 4"),
         ("l_out-3..1", r"'l_out-3\.\.1': the range 3\.\.1 runs backwards"),
-        ("l_out-1,,2", "'' is not a layer, a range like 10..20 or a list like 3,7"),
+        ("l_out-1,,2", "'' is not a layer, a range like 3..7 or a list like 1,4"),
         ("q.3.5", r"'q\.3\.5': '3\.5' is not a layer"),
         (Site("q", 5), r"'q\.5': layer 5 is out of range"),
     ],
@@ -141,14 +151,58 @@ def test_layers_out_of_range_name_the_range(text: str | Site, message: str) -> N
         parse_many(text, 5)
 
 
-def test_layers_alone() -> None:
-    assert parse_layers("10..12,3,-1", 30) == [10, 11, 12, 3, 29]
-    with pytest.raises(RangeError, match="'31': layer 31 is out of range"):
-        parse_layers("31", 30)
-
-
 def test_the_old_sense_of_kqv_out() -> None:
     assert [reads_as_attn_out(t) for t in ("kqv_out", "kqv_out-3", " kqv_out-1..2")] == [True] * 3
     assert not any(
         map(reads_as_attn_out, ("head_out.3", "kqv_outs", "l_out", "blocks.1.attn.hook_z"))
     )
+
+
+# -- the table ---------------------------------------------------------------------------
+
+
+def test_the_first_block_that_an_edit_or_capture_needs() -> None:
+    assert first_block(Site("embed"), 3) == 0
+    assert first_block(Site("logits"), 3) == first_block(Site("final_norm"), 3) == 2
+    assert [first_block(Site("resid_pre", i), 3) for i in range(3)] == [0, 1, 2]
+    assert [first_block(Site("head_out", i), 3) for i in range(3)] == [0, 1, 2]
+    assert [first_block(Site("resid_post", i), 3) for i in range(3)] == [1, 2, 2]
+
+
+ADDED = """
+import json, sys
+import numpy as np
+from typer.testing import CliRunner
+from mia import Capture, Edit, Model, Request, Site
+from mia.cli import app
+from mia.sites import parse
+
+spellings = ["added.1", "ffn_gate-1", "blocks.1.mlp.hook_pre"]
+assert {parse(s, 3) for s in spellings} == {Site("added", 1)}
+with Model(sys.argv[1], threads=1) as model:
+    sites = Capture(["mlp_norm.1", "added.1", "mlp_out"])
+    changed = Request([5, 6, 7], [Edit("ffn_gate-1", "zero", tokens=1)], [sites])
+    plain, edited = model.run([Request([5, 6, 7], captures=[sites]), changed])
+    gate = plain["mlp_norm.1"] @ model.weights.matrix("blk.1.ffn_gate.weight").T
+    np.testing.assert_allclose(plain["added.1"], gate, atol=1e-5)
+assert not edited["mlp_out.1"][1].any() and plain["mlp_out.1"][1].all()
+np.testing.assert_array_equal(edited["mlp_out.1"][0], plain["mlp_out.1"][0])
+np.testing.assert_array_equal(edited["mlp_out.0"], plain["mlp_out.0"])
+print(CliRunner().invoke(app, ["sites", "--json", "-m", sys.argv[1]]).stdout)
+"""
+
+
+def test_a_site_is_added_by_its_row_alone(tmp_path: Path, llama: Tiny) -> None:
+    row = """    SiteKind("added", "mlp.hook_pre", ("ffn_gate",), ("n_ff",), about="before the SiLU"),"""
+    printed = run_extended(tmp_path, "sites.py", "SITES = (", row, ADDED, str(llama.path))
+    (gate,) = (s for s in json.loads(printed)["sites"] if s["site"] == "added")
+    n_ff = llama.oracle.weights["blk.0.ffn_gate.weight"].shape[0]
+    assert gate == {
+        "site": "added",
+        "llama.cpp": "ffn_gate",
+        "transformer_lens": "blocks.N.mlp.hook_pre",
+        "shape": [n_ff],
+        "layers": [0, 2],
+        "node": "ffn_gate-0",
+        "about": "before the SiLU",
+    }

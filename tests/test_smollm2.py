@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from commands import document
 
-from mia.cli.tools import DEMO_SOURCE
-from mia.datasets import tasks
 from mia.edits import Edit
 from mia.methods import task_vectors
-from mia.methods.icl import IclExperiment
+from mia.methods.demo import SOURCE
+from mia.methods.icl import TaskSetup, experiment
 from mia.model import Model
 from mia.request import Capture, Request
 from mia.sites import Site
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_task_vector_turns_countries_into_capitals(smollm2: Model) -> None:
-    source = smollm2.tokenize(DEMO_SOURCE, bos=True)
+    source = smollm2.tokenize(SOURCE, bos=True)
     assert len(source) == 43 and smollm2.piece(source[0]) == "<|endoftext|>"
     task = smollm2.run([Request(source, captures=[Capture("l_out-21", -1)], logits=None)])[0][
         "l_out-21"
@@ -40,14 +39,15 @@ def test_demo_shows_it() -> None:
 
 
 def test_a_task_vector_does_what_examples_do(smollm2: Model) -> None:
-    """The table of docs/tasks.md, cut short."""
-    plain = IclExperiment(smollm2, tasks.load("uppercase"), seed=10)
+    """The table of docs/results/tasks.md, cut short."""
+    plain = experiment(smollm2, "uppercase", TaskSetup(seed=10))
     known = plain.known(3)
     assert 100 < len(known.pairs) < len(plain.task.pairs)
-    ex = IclExperiment(smollm2, known, seed=10, n_test=40, n_dev=20)
-    found = task_vectors.evaluate(ex, task_vectors.extract(ex, sets=4, dummies=4))
-    assert found.zero_shot.value <= 0.05
-    assert found.vector.value >= 0.7
+    ex = experiment(smollm2, known, TaskSetup(seed=10, n_test=40, n_dev=20))
+    theta = task_vectors.train(ex, task_vectors.TaskVectorTraining(sets=4, dummies=4))
+    scores = task_vectors.evaluate(ex, theta)
+    assert scores.zero_shot.value <= 0.05
+    assert scores.vector.value >= 0.7
 
 
 def test_lens_is_close_to_the_models_own_logits(smollm2: Model) -> None:
@@ -82,4 +82,4 @@ def test_planned_head_replacements_are_what_runs_one_by_one_give(smollm2: Model)
 def test_token_and_chat_words(smollm2: Model) -> None:
     assert smollm2.token_id(" Paris") == smollm2.tokenize(" Paris")[0]
     assert smollm2.chat("Hi").endswith("<|im_start|>assistant\n")
-    assert smollm2.generate("The capital of France is", 1, bos=True) == " Paris"
+    assert smollm2.generate("The capital of France is", 1, bos=True).text == " Paris"

@@ -1,20 +1,22 @@
-"""Steering on the real model: the worked example of docs/steering.md, cut short."""
+"""Steering on the real model: the worked example of docs/guide/steering.md, cut short."""
 
 import numpy as np
 import pytest
 
+from mia.datasets.pairs import load_pairs
 from mia.datasets.shipped import read_lines, read_text
-from mia.measure.estimates import bootstrap, word_share
+from mia.measure.estimates import bootstrap
+from mia.measure.metrics import word_share
 from mia.methods import contrast, perplexity, steering
-from mia.methods.steering import Steering
 from mia.model import Model
 from mia.request import Request, Sampling
+from mia.steering import Steering
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_sentiment_vector_brings_positive_words_at_a_bearable_price(smollm2: Model) -> None:
-    vector = contrast.train(smollm2, contrast.load_pairs("sentiment"), read="mean", bos=True)
+    vector = contrast.train(smollm2, load_pairs("sentiment"), read="mean", bos=True)
     edits = Steering(vector, coeff=4, layers=[22]).edits()
     assert {r["path"] for r in steering.explain(smollm2, edits)} == {"control vector"}
 
@@ -34,7 +36,7 @@ def test_a_sentiment_vector_brings_positive_words_at_a_bearable_price(smollm2: M
 
 
 def test_a_coefficient_within_a_budget(smollm2: Model) -> None:
-    vector = contrast.train(smollm2, contrast.load_pairs("sentiment")[:20], bos=True, layers=[22])
+    vector = contrast.train(smollm2, load_pairs("sentiment")[:20], bos=True, layers=[22])
     ids = smollm2.tokenize("The film was", bos=True)
     choice = steering.choose_coefficient(
         smollm2, [ids], [Steering(vector)], 0.3, candidates=(0.25, 1, 16), n_predict=6

@@ -9,6 +9,7 @@ import numpy as np
 from oracle import Oracle
 
 from mia.model import Model
+from mia.request import Result
 from mia.sites import Site
 
 #: name -> (architecture, arguments of write_tiny)
@@ -42,6 +43,12 @@ class Tiny:
         """A random row of a site: (width,) float32."""
         width = np.prod(self.model.topology.sites[Site(*_split(site))].shape)
         return np.random.default_rng(seed).standard_normal(int(width)).astype(np.float32)
+
+
+def logits(result: Result) -> np.ndarray:
+    """The logits that a request asked for: (n_positions, n_vocab)."""
+    assert result.logits is not None
+    return result.logits
 
 
 @cache

@@ -17,7 +17,6 @@ from mia.cli import (
     heads,
     iti,
     look,
-    patch,
     perplexity,
     run,
     soft_vector,
@@ -58,7 +57,6 @@ def _main(
 for group in (
     look,
     run,
-    patch,
     attention,
     heads,
     attribute,

@@ -1,185 +1,134 @@
-"""Commands that run a prompt: run, save."""
+"""Commands that continue a prompt: run, patch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mia.cli import _work
-from mia.cli._options import (
-    CHANGES,
-    OUTPUT,
+from mia.cli._build import changes, open_model, prompt_ids, sampling
+from mia.cli._command import OUTPUT, command, refuse, split_words
+from mia.cli._groups import (
+    BaselineOption,
     ChangeOptions,
     GenerationOptions,
     ModelOptions,
-    OutputOptions,
     PromptOptions,
-    command,
-    split_words,
 )
-from mia.cli._output import finish, model_facts, notice, progress, token_list
+from mia.errors import UsageError
+from mia.show.report import Report
 
-if TYPE_CHECKING:
-    from mia.edits import Edit
-    from mia.model import Model
-    from mia.request import Capture, Result
-
-BaselineOption = Annotated[
-    bool,
-    typer.Option(
-        "--baseline/--no-baseline",
-        help="Run the prompt unchanged as well.",
-        rich_help_panel=CHANGES,
-    ),
-]
+PANEL = "Run and change"
 
 
 def register(app: typer.Typer) -> None:
-    command(app, name="run")(run)
-    command(app, name="save")(save)
+    command(
+        app,
+        "run",
+        panel=PANEL,
+        examples=[
+            "mia run -p 'The capital of France is' --bos -n 8",
+            "mia run -p 'The capital of France is' --bos -n 8 --ablate 3.5,4.* --block '5->0'",
+        ],
+    )(run)
+    command(
+        app,
+        "patch",
+        panel=PANEL,
+        examples=["mia patch l_out-21 task.safetensors -p 'Q: France\\nA:' --bos -n 1"],
+    )(patch)
 
 
 def run(
     model: ModelOptions,
     prompt: PromptOptions,
     generation: GenerationOptions,
-    changes: ChangeOptions,
-    output: OutputOptions,
+    change: ChangeOptions,
     save: Annotated[
         list[str] | None,
         typer.Option(
             "--save",
-            help="SITE FILE: save activations of the changed run.",
+            help="SITE FILE: save activations of the changed run. May be repeated.",
             metavar="SITE FILE",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
     baseline: BaselineOption = True,
-) -> None:
+) -> Report:
     """Continue a prompt, with any changes and captures together."""
     from mia.io.files import check_writable
+    from mia.methods.patching import today
+    from mia.notices import notice
     from mia.request import Capture
-    from mia.sites import parse_many
 
-    with _work.open_model(model) as m:
-        ids = _work.prompt_tokens(m, prompt)
-        edits = _work.change_edits(m, changes, ids, output)
-        captures, saves = [], split_words(save)
-        for site, file in saves:
+    changed = changes(change)
+    with open_model(model) as m:
+        ids = prompt_ids(m, prompt)
+        saves = [(Capture(today(site)), file) for site, file in split_words(save)]
+        for _, file in saves:
             check_writable(file)
-            captures.append(Capture(parse_many(_work.edit_site(site, output), m.n_layer)))
-        document, result = generate(
-            m, ids, edits, generation, baseline=baseline, output=output, captures=captures
+        report = m.generate(
+            ids,
+            generation.n_predict,
+            edits=changed.edits(m, ids),
+            captures=[capture for capture, _ in saves],
+            sampling=sampling(generation),
+            baseline=baseline,
         )
-        for (_, file), capture in zip(saves, captures, strict=True):
-            write_captures(m, ids, result, capture, file, output)
-        finish(document, output, lambda: print_generation(document))
+        for capture, file in saves:
+            m.activations(ids, report.result, capture).save(file)
+            notice(f"wrote {file}")
+        return report
 
 
-def save(
+def patch(
+    context: typer.Context,
     model: ModelOptions,
     prompt: PromptOptions,
-    changes: ChangeOptions,
-    output: OutputOptions,
-    site: Annotated[
-        str, typer.Argument(help="l_out-14, kqv_out, head_out-3,7 …; several joined by +.")
-    ],
-    file: Annotated[str, typer.Argument(help="The safetensors file to write.")],
-) -> None:
-    """Save activations of a prompt: one tensor per site, a row per token."""
-    from mia.io.files import check_writable
-    from mia.request import Capture, Request
-    from mia.sites import parse_many
-
-    check_writable(file)
-    with _work.open_model(model) as m:
-        ids = _work.prompt_tokens(m, prompt)
-        wanted = [
-            s
-            for part in site.split("+")
-            for s in parse_many(_work.edit_site(part, output), m.n_layer)
-        ]
-        capture = Capture(wanted)
-        edits = _work.change_edits(m, changes, ids, output)
-        result = m.run([Request(ids, edits, [capture], logits=None)])[0]
-        shapes = write_captures(m, ids, result, capture, file, output)
-        document = {
-            "model": model_facts(m),
-            "tokens": token_list(m, ids),
-            "file": file,
-            "sites": shapes,
-        }
-
-        def human() -> None:
-            for s in shapes:
-                print(f"{s['site']}  {' × '.join(map(str, s['shape']))}  {s['dtype']}")
-
-        finish(document, output, human)
-
-
-def write_captures(
-    m: Model, ids: list[int], result: Result, capture: Capture, file: str, output: OutputOptions
-) -> list[dict[str, Any]]:
-    """Writes the sites of one capture; returns what stands in the file."""
-    from mia.io.activations import Activations
-    from mia.io.provenance import file_metadata
-    from mia.sites import parse_many
-
-    arrays = {str(s): result.captures[s] for s in parse_many(capture.sites, m.n_layer)}
-    has_bos = m.bos_token >= 0 and ids[0] == m.bos_token
-    Activations(arrays, file_metadata(m, tokens=ids, bos=has_bos)).save(file)
-    notice(f"wrote {file}", output)
-    return [{"site": k, "shape": list(a.shape), "dtype": "float32"} for k, a in arrays.items()]
-
-
-def generate(
-    m: Model,
-    ids: list[int],
-    edits: list[Edit],
     generation: GenerationOptions,
-    *,
-    baseline: bool,
-    output: OutputOptions,
-    captures: list[Capture] | None = None,
-) -> tuple[dict[str, Any], Result]:
-    """Runs the changed prompt and, where there are changes, the unchanged one beside it."""
-    from mia.request import Request
+    change: ChangeOptions,
+    site: Annotated[str, typer.Argument(help="Where: l_out-14, l_out-10..20, kqv_out-3 …")],
+    files: Annotated[
+        list[str] | None, typer.Argument(help="Files of activations (mia save), or .npy.")
+    ] = None,
+    from_token_idx: Annotated[
+        str, typer.Option("--from-token-idx", help="Tokens of the file: 13, -1, 3..7.")
+    ] = "-1",
+    to_token_idx: Annotated[
+        str, typer.Option("--to-token-idx", help="Tokens of this prompt.")
+    ] = "-1",
+    subtract_token: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--subtract-token", help="Remove this token's unembedding direction from the site."
+        ),
+    ] = None,
+    baseline: BaselineOption = True,
+) -> Report:
+    """Run a prompt with activations of another run in it (activation patching by token index)."""
+    from mia.methods.patching import patches
 
-    def request(edits: list[Edit], captures: list[Capture]) -> Request:
-        return Request(
+    if not files and not subtract_token:
+        raise UsageError("give a file of activations (mia save makes one), or --subtract-token")
+    if not files:
+        refuse(context, ("from_token_idx",), "needs a file of activations")
+    changed = changes(change, patched=bool(files))
+    with open_model(model) as m:
+        ids = prompt_ids(m, prompt)
+        edits = patches(
+            m,
             ids,
-            edits,
-            captures,
-            logits=None,
-            n_predict=generation.n_predict,
-            sampling=_work.sampling(generation),
-            logprobs=True,
+            site,
+            files or [],
+            from_tokens=from_token_idx,
+            to_tokens=to_token_idx,
+            mode=change.patch_mode or "replace",
+            subtract_tokens=subtract_token or [],
         )
-
-    requests = [request(edits, captures or [])]
-    if edits and baseline:
-        requests.append(request([], []))
-    with progress("running", output) as bar:
-        results = m.run(requests, progress=bar)
-    result = results[0]
-    document: dict[str, Any] = {
-        "model": model_facts(m),
-        "tokens": token_list(m, ids),
-        "output": m.text(result.tokens),
-        "output_tokens": [
-            {"id": t, "text": m.piece(t), "logprob": round(p, 6)}
-            for t, p in zip(result.tokens, result.logprobs, strict=True)
-        ],
-    }
-    if len(results) > 1:
-        document["baseline"] = m.text(results[1].tokens)
-    return document, result
-
-
-def print_generation(document: dict[str, Any]) -> None:
-    if "baseline" in document:
-        print(f"baseline: {document['baseline']}")
-        print(f"changed:  {document['output']}")
-    else:
-        print(document["output"])
+        return m.generate(
+            ids,
+            generation.n_predict,
+            edits=[*edits, *changed.edits(m, ids)],
+            sampling=sampling(generation),
+            baseline=baseline,
+        )

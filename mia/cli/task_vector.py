@@ -2,282 +2,147 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mia.cli import _icl, _work
-from mia.cli._icl import MatchOption, PlotOption, TaskArgument, TaskOptions, TasksArgument
-from mia.cli._options import ModelOptions, OutputOptions, command
-from mia.cli._output import finish, model_facts, notice, progress
-from mia.cli.vector import FileOption, JsonOption, QuietOption
+from mia.cli._build import open_model
+from mia.cli._command import command, refuse
+from mia.cli._groups import ModelOptions
+from mia.cli._tasks import (
+    PANEL,
+    ByLayerOption,
+    CurvesPlotOption,
+    MatchOption,
+    SavedVectorOption,
+    TaskArgument,
+    TaskFilesOption,
+    TaskOptions,
+    TasksArgument,
+    VectorLayersOption,
+    layer_of_saved,
+    layers_to_try,
+)
 from mia.errors import UsageError
-
-if TYPE_CHECKING:
-    from mia.methods.icl import IclExperiment
-    from mia.methods.task_vectors import TaskVector
-    from mia.model import Model
+from mia.show.report import Report
 
 SetsOption = Annotated[
     int, typer.Option("--sets", help="Sets of examples to choose from on dev.", min=1)
 ]
 DummiesOption = Annotated[
     int,
-    typer.Option("--dummies", help="Dummy queries that a set's vector is the mean over.", min=1),
+    typer.Option("--dummies", help="Dummy queries that each set's vector is averaged over.", min=1),
 ]
 
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="ICL task vectors (Hendel et al. 2023).")
-    command(group, name="extract")(extract)
-    command(group, name="eval")(evaluate)
-    command(group, name="conflict")(conflict)
-    app.add_typer(group, name="task-vector")
+    command(
+        group,
+        "train",
+        examples=[
+            "mia task-vector train antonym -o antonym.safetensors",
+            "mia task-vector train antonym uppercase -o '{name}.safetensors'",
+        ],
+    )(train)
+    command(
+        group,
+        "eval",
+        plot=True,
+        examples=[
+            "mia task-vector eval antonym uppercase --by-layer --plot layers.svg",
+            "mia task-vector eval antonym --vector antonym.safetensors",
+        ],
+    )(evaluate)
+    command(
+        group,
+        "conflict",
+        examples=["mia task-vector conflict present_gerund present_past --sets 4"],
+    )(conflict)
+    app.add_typer(group, name="task-vector", rich_help_panel=PANEL)
 
 
-def extract(
+def train(
     model: ModelOptions,
     task: TaskOptions,
     tasks: TasksArgument,
-    out: FileOption,
+    out: TaskFilesOption,
     sets: SetsOption = 16,
     dummies: DummiesOption = 8,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """The residual of the last token after examples, and the layer where it works best on dev.
-    Several tasks: -o '{name}.safetensors'."""
-    output = OutputOptions(json=json, quiet=quiet)
-    names = _icl.task_names(tasks)
-    files = _icl.files(out, names)
-    rows: list[dict[str, Any]] = []
-    with _work.open_model(model) as m:
-        for name, file in zip(names, files, strict=True):
-            ex = _icl.extractor(m, name, task, output)
-            theta = _extracted(ex, sets, dummies, output)
-            theta.vector.save(file)
-            notice(f"wrote {file}", output)
-            layers = theta.vector.layers
-            dev = {str(i): round(a, 4) for i, a in zip(layers, theta.dev.tolist(), strict=True)}
-            rows.append(
-                {
-                    **ex.facts,
-                    "file": file,
-                    "layer": theta.layer,
-                    "dev": dev,
-                    "sets": list(theta.sets),
-                    "dev_by_set": theta.dev_by_set.round(4).tolist(),
-                }
-            )
-        document = {"model": model_facts(m), "vectors": rows}
+) -> Report:
+    """The residual of the last token after examples, and the layer where it works best on dev."""
+    from mia.datasets.tasks import load_many
+    from mia.methods.icl_reports import vector_files
+    from mia.methods.task_vectors import TaskVectorTraining, train_many
+    from mia.notices import notice
 
-    def human() -> None:
-        for r in rows:
-            best = r["dev"][str(r["layer"])]
-            print(f"{r['task']}: layer {r['layer']}, {best:.2f} on dev; {r['file']}")
-
-    finish(document, output, human)
-
-
-def _extracted(
-    ex: IclExperiment,
-    sets: int,
-    dummies: int,
-    output: OutputOptions,
-    *,
-    layers: Sequence[int] | None = None,
-) -> TaskVector:
-    from mia.methods import task_vectors
-
-    with progress(f"vector of {ex.task.name}", output) as bar:
-        ex.progress = bar
-        theta = task_vectors.extract(ex, sets=sets, dummies=dummies, layers=layers)
-    ex.progress = None
-    return theta
+    loaded = load_many(tasks)
+    files = vector_files(out, loaded)
+    how = TaskVectorTraining(sets=sets, dummies=dummies)
+    with open_model(model) as m:
+        report = train_many(m, loaded, task.setup(), how, files=files)
+    for file in files:
+        notice(f"wrote {file}")
+    return report
 
 
 def evaluate(
+    context: typer.Context,
     model: ModelOptions,
     task: TaskOptions,
-    output: OutputOptions,
     tasks: TasksArgument,
-    vector: Annotated[
-        str | None,
-        typer.Option(
-            "--vector", help="A saved vector, {name} for the task's; default: extract it."
-        ),
-    ] = None,
-    layer: Annotated[
-        int | None,
-        typer.Option(
-            "--layer", help="Put it there; default: a saved vector's own, else dev's best."
-        ),
-    ] = None,
+    vector: SavedVectorOption = None,
+    layers: VectorLayersOption = None,
     sets: SetsOption = 16,
     dummies: DummiesOption = 8,
     repeats: Annotated[
         int,
-        typer.Option("--repeats", help="Pool this many splits, of seeds that follow on.", min=1),
+        typer.Option("--repeats", help="Pool this many splits, with consecutive seeds.", min=1),
     ] = 1,
     match: MatchOption = "first",
-    by_layer: Annotated[
-        bool, typer.Option("--by-layer", help="The vector of every layer on the test part too.")
-    ] = False,
-    plot: PlotOption = None,
-) -> None:
-    """The table: without examples, with them, and with the vector in their place."""
-    from mia.methods.icl import MATCHES
+    by_layer: ByLayerOption = False,
+    plot: CurvesPlotOption = None,
+) -> Report:
+    """Accuracy without examples, with examples, and with the vector in their place."""
+    from mia.datasets.tasks import load_many
+    from mia.methods.task_vectors import SavedTaskVector, TaskVectorTraining, evaluate_tasks
 
-    if match not in MATCHES:
-        raise UsageError(f"unknown match {match!r}; known: {', '.join(MATCHES)}")
     if vector is not None and repeats > 1:
-        raise UsageError("--repeats extracts a vector for each split; it does not go with --vector")
-    _icl.check_plot(plot)
-    names = _icl.task_names(tasks)
-    rows: list[dict[str, Any]] = []
-    curves: dict[str, Any] = {}
-    with _work.open_model(model) as m:
-        for name in names:
-            row, curve = _row(
-                m,
-                name,
-                task,
-                output,
-                source=(vector, layer, sets, dummies),
-                repeats=repeats,
-                match=match,
-                by_layer=by_layer or plot is not None,
-            )
-            rows.append(row)
-            curves[row["task"]] = curve
-        document = {
-            "model": model_facts(m),
-            "match": match,
-            "rows": rows,
-            "mean": _icl.rows_mean(rows, ("zero_shot", "icl", "vector")),
-        }
-    if plot is not None:
-        _icl.plot_curves(
-            plot,
-            {"with the task vector": curves},
-            "task vector in place of the examples, by layer",
-            {
-                "with examples": {r["task"]: r["icl"]["value"] for r in rows},
-                "without examples": {r["task"]: r["zero_shot"]["value"] for r in rows},
-            },
-        )
-        notice(f"wrote {plot}", output)
-    finish(document, output, lambda: _print_rows(document))
-
-
-def _row(
-    m: Model,
-    name: str,
-    task: TaskOptions,
-    output: OutputOptions,
-    *,
-    source: tuple[str | None, int | None, int, int],
-    repeats: int,
-    match: str,
-    by_layer: bool,
-) -> tuple[dict[str, Any], dict[int, Any]]:
-    """A task's row, pooled over the repeats, and its curve."""
-    from mia import vectors
-    from mia.methods import task_vectors as tv
-
-    file, layer, sets, dummies = source
-    found, layers = [], []
-    fixed = None if layer is None else [layer]
-    first = _icl.extractor(m, name, task, output)
-    for repeat in range(repeats):
-        ex = _icl.again(first, task, seed=repeat) if repeat else first
-        if file is not None:
-            path = file.replace("{name}", ex.task.name)
-            loaded = vectors.load(path)
-            loaded.check(m.n_layer, m.n_embd, path)
-            _icl.say_where_from(loaded.metadata, ex, path, "task vector", output)
-            theta = tv.load(loaded, layer)
+        raise UsageError("--repeats trains a vector for each split; it does not go with --vector")
+    if vector is not None:
+        refuse(context, ("sets", "dummies"), "is for a new vector; it does not go with --vector")
+    loaded = load_many(tasks)
+    with open_model(model) as m:
+        how: TaskVectorTraining | SavedTaskVector
+        if vector is not None:
+            how = SavedTaskVector(vector, layer_of_saved(layers, m.n_layer))
         else:
-            theta = _extracted(ex, sets, dummies, output, layers=fixed)
-        with progress(f"evaluating {ex.task.name}", output) as bar:
-            ex.progress = bar
-            found.append(tv.evaluate(ex, theta, by_layer=by_layer, match=match))
-        layers.append(theta.layer)
-    pooled = tv.pool(found)
-    row = {**tv.as_row(ex, pooled), **ex.facts, "seed": task.seed, "repeats": repeats}
-    row["layers"] = layers
-    return row, pooled.by_layer
-
-
-def _print_rows(document: dict[str, Any]) -> None:
-    table = [
-        [
-            r["task"],
-            ",".join(map(str, dict.fromkeys(r["layers"]))),
-            str(r["vector"]["n"]),
-            *(_icl.share(r[c]) for c in ("zero_shot", "icl", "vector", "vector_given_icl")),
-        ]
-        for r in document["rows"]
-    ]
-    titles = (
-        "task",
-        "layer",
-        "n",
-        "zero-shot",
-        "in-context",
-        "vector",
-        "vector where ICL is right",
-    )
-    if len(table) > 1:
-        mean = document["mean"]
-        table.append(
-            ["mean", "", "", *(f"{mean[c]:.2f}" for c in ("zero_shot", "icl", "vector")), ""]
+            tried = layers_to_try(layers, m.n_layer)
+            how = TaskVectorTraining(sets=sets, dummies=dummies, layers=tried)
+        return evaluate_tasks(
+            m,
+            loaded,
+            task.setup(),
+            how,
+            repeats=repeats,
+            match=match,
+            by_layer=by_layer or plot is not None,
         )
-    _icl.print_table(titles, table)
-    _icl.print_layers({r["task"]: r.get("by_layer", {}) for r in document["rows"]})
 
 
 def conflict(
     model: ModelOptions,
     task: TaskOptions,
-    output: OutputOptions,
-    shown: TaskArgument,
-    put: Annotated[str, typer.Argument(help="The task whose vector is put into these examples.")],
+    name: TaskArgument,
+    other: Annotated[str, typer.Argument(help="The task whose vector is put into its prompts.")],
     sets: SetsOption = 16,
     dummies: DummiesOption = 8,
-) -> None:
+) -> Report:
     """Examples of one task, vector of another, on inputs that both have: which one wins?"""
-    from mia.methods import task_vectors as tv
+    from mia.datasets import tasks as data
+    from mia.methods import task_vectors
 
-    _icl.task_names([shown, put])
-    with _work.open_model(model) as m:
-        ex = _icl.extractor(m, shown, task, output)
-        source = _icl.extractor(m, put, task, output)
-        theta = _extracted(source, sets, dummies, output)
-        c = tv.conflict(ex, theta, source)
-        document = {
-            "model": model_facts(m),
-            **ex.facts,
-            "examples": ex.task.name,
-            "vector": source.task.name,
-            "layer": theta.layer,
-            "with_vector": {"examples": c.shown.document(), "vector": c.put.document()},
-            "without": {"examples": c.shown_plain.document(), "vector": c.put_plain.document()},
-        }
-
-    def human() -> None:
-        titles = (
-            f"answers of (n = {c.shown.n})",
-            "examples alone",
-            f"with the vector of {source.task.name}",
-        )
-        _icl.print_table(
-            titles,
-            [
-                [f"{ex.task.name} (examples)", str(c.shown_plain), str(c.shown)],
-                [f"{source.task.name} (vector)", str(c.put_plain), str(c.put)],
-            ],
-        )
-
-    finish(document, output, human)
+    loaded, source = data.load(name), data.load(other)
+    how = task_vectors.TaskVectorTraining(sets=sets, dummies=dummies)
+    with open_model(model) as m:
+        return task_vectors.conflict(m, loaded, source, task.setup(), how)

@@ -1,89 +1,57 @@
-"""Texts and word lists that come with mia, by name, and how a text file is read."""
+"""Data that comes with mia, by name: texts and contrast pairs, A/B questions, tasks."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from mia.datasets.reader import lines_of
 from mia.errors import FileError
-from mia.io.files import file_sha256, read_utf8
+from mia.io.files import read_utf8
+
+#: the folders of `mia/data`: contrast pairs, texts and word lists; A/B questions; tasks
+Kind = Literal["contrast", "ab", "tasks"]
+_DATA = Path(__file__).parents[1] / "data"
+_WORDS: dict[Kind, str] = {"contrast": "text", "ab": "set", "tasks": "task"}
 
 
-def contrast_names() -> list[str]:
-    """Contrast pairs, texts and word lists: sentiment, french_words, neutral, …"""
-    folder = resources.files("mia") / "data" / "contrast"
-    return sorted(f.name.rpartition(".")[0] for f in folder.iterdir())
+def folder(kind: Kind) -> Path:
+    return _DATA / kind
 
 
-def find_text(source: str | Path) -> Path:
-    """A file, or a shipped one by its name without an ending.
+def names(kind: Kind) -> list[str]:
+    """What is shipped of a kind: sentiment, french_words, neutral, …"""
+    files = [f for f in folder(kind).iterdir() if f.name != "index.json"]
+    return sorted(f.stem for f in files)
+
+
+def find(source: str | Path, kind: Kind = "contrast") -> Path:
+    """The file of shipped data by its name, or any other file by its path.
 
     Raises:
         FileError: neither; the message names what is shipped.
     """
+    if str(source) in names(kind):
+        files = folder(kind).glob(f"{source}.*")
+        return next(f for f in files if f.name != "index.json")
     path = Path(source)
-    if path.exists():
-        return path
-    folder = Path(str(resources.files("mia"))) / "data" / "contrast"
-    for ending in (".jsonl", ".txt"):
-        if path.name == str(source) and (folder / (path.name + ending)).is_file():
-            return folder / (path.name + ending)
-    raise FileError(
-        f"there is no file {source}, nor a shipped text; shipped: {', '.join(contrast_names())}"
-    )
+    if not path.exists():
+        raise FileError(
+            f"there is no file {source}, nor a shipped {_WORDS[kind]}; "
+            f"shipped: {', '.join(names(kind))}"
+        )
+    return path
 
 
 def read_text(source: str | Path) -> str:
-    """The text of `find_text`. Raises `FileError` where it cannot be read."""
-    return read_utf8(find_text(source), str(source))
-
-
-def lines_of(text: str) -> dict[int, str]:
-    """Lines that are not blank by their number, as an editor counts them: `str.splitlines` also
-    ends one at a U+2028 or form feed."""
-    return {n: x for n, x in enumerate(text.split("\n"), 1) if x.strip()}
+    """A shipped text, or that of a file. Raises `FileError`."""
+    return read_utf8(find(source), str(source))
 
 
 def read_lines(source: str | Path) -> dict[int, str]:
-    """`lines_of` a text. Raises `FileError` where it has none."""
-    found = lines_of(read_text(source))
-    if not found:
+    """The lines of a text that are not blank, by their number. Raises `FileError` if it has
+    none."""
+    lines = lines_of(read_text(source))
+    if not lines:
         raise FileError(f"{source} is empty; a text for each line is needed")
-    return found
-
-
-def json_lines(
-    text: str, source: str | Path, read: Callable[[str], Any] = json.loads
-) -> list[tuple[str, Any]]:
-    """(where, value) for each line that is not blank. Raises `FileError` naming the line that
-    is no JSON."""
-    rows = []
-    for n, line in lines_of(text).items():
-        try:
-            rows.append((f"line {n}", read(line)))
-        except ValueError as err:
-            raise FileError(f"{source}, line {n} is not JSON: {err}") from err
-    return rows
-
-
-def read_rows(source: str | Path) -> list[tuple[str, Any]]:
-    """`json_lines`, or (where, value) for each item of a JSON array. Raises `FileError`."""
-    text = read_text(source)
-    try:
-        whole = json.loads(text)
-    except ValueError:
-        whole = None
-    if isinstance(whole, list):
-        return [(f"item {i}", row) for i, row in enumerate(whole)]
-    return json_lines(text, source)
-
-
-def file_facts(paths: Sequence[Path]) -> dict[str, str]:
-    """What a result says of the data that it was made of: the files' names and SHA-256."""
-    return {
-        "data": ", ".join(p.name for p in paths),
-        "data_sha256": " ".join(map(file_sha256, paths)),
-    }
+    return lines

@@ -3,37 +3,37 @@
 `load("antonym")` reads one of the tasks that come with mia (`index()` lists them), or a
 file: JSONL lines `{"input": …, "output": …}`, a JSON array of such objects (as in
 ericwtodd/function_vectors), or one flat object `{"input": "output", …}` (as in
-roeehendel/icl_task_vectors). An output may be a list of right answers, the first of which
-is the one shown in examples.
+roeehendel/icl_task_vectors). An output may be a list of right answers; examples use the
+first one.
 
-A `Split` keeps three parts of a task apart: examples come from `train` only, layers are
-chosen on `dev`, and what is reported is of `test`.
+A `Split` keeps three parts of a task apart: examples come from `train`, layers are chosen
+on `dev`, and results are reported on `test`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mia.datasets.shipped import json_lines
+from mia.datasets.reader import read_records
+from mia.datasets.shipped import find, folder
 from mia.errors import FileError, RangeError, UsageError
-from mia.io.files import read_utf8
 
-_FOLDER = Path(__file__).parents[1] / "data" / "tasks"
-_DEALS = 256  # how many times answers are shuffled, to find a deal with few right ones
+#: how many shuffles are drawn, to find one that leaves few right answers
+_SHUFFLES = 256
 FAMILIES = ("knowledge", "language", "linguistic", "algorithmic", "symmetric")
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """An input and its right answers, the one to show first."""
+    """An input and its right answers; examples use the first."""
 
     input: str
     outputs: tuple[str, ...]
@@ -48,7 +48,8 @@ class Task:
     """A name and its pairs, each input once.
 
     Attributes:
-        known_of: how many pairs there were, where only those are left that a model knows.
+        known_of: how many pairs the task had before it was reduced to those that a model
+            knows; None if it has all of them.
     """
 
     name: str
@@ -60,9 +61,9 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """Four tasks that share two steps: AC is to BC as AD is to BD (Todd et al. 2023, section 3.3).
+    """Four tasks of two steps each: AC is to BC as AD is to BD (Todd et al. 2023, section 3.3).
 
-    A and B choose an element of a list, C gives it back and D maps it."""
+    A and B choose an element of a list, C copies it and D maps it."""
 
     name: str
     ac: str
@@ -76,8 +77,8 @@ class Composition:
 
 @cache
 def _index() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((_FOLDER / "index.json").read_text(encoding="utf-8"))
-    return found
+    index: dict[str, Any] = json.loads((folder("tasks") / "index.json").read_text(encoding="utf-8"))
+    return index
 
 
 def index() -> list[dict[str, Any]]:
@@ -92,12 +93,19 @@ def compositions() -> list[Composition]:
     ]
 
 
-def composition(name: str) -> Composition:
-    """One of them. Raises `UsageError` naming those there are."""
-    found = {c.name: c for c in compositions()}
-    if name not in found:
-        raise UsageError(f"unknown composition {name!r}; known: {', '.join(found)}")
-    return found[name]
+def composition(text: str) -> Composition:
+    """A composition by its name, or "AC,BC,BD,AD": four tasks. Raises `UsageError` naming the
+    known compositions, or if there is no such task."""
+    parts = text.split(",")
+    if len(parts) == 1:
+        by_name = {c.name: c for c in compositions()}
+        if text not in by_name:
+            raise UsageError(f"unknown composition {text!r}; known: {', '.join(by_name)}")
+        return by_name[text]
+    if len(parts) != 4:
+        raise UsageError(f"{text!r} is not a composition; expected four tasks AC,BC,BD,AD")
+    load_many(parts)
+    return Composition(parts[3], *parts)
 
 
 def load(name: str | Path) -> Task:
@@ -109,7 +117,7 @@ def load(name: str | Path) -> Task:
     """
     entry = next((e for e in index() if e["name"] == str(name)), None)
     if entry is not None:
-        pairs = read_pairs(_FOLDER / f"{name}.jsonl")
+        pairs = read_pairs(find(name, "tasks"))
         return Task(entry["name"], pairs, entry["family"], entry["description"])
     path = Path(name)
     if path.suffix not in (".json", ".jsonl"):
@@ -120,55 +128,46 @@ def load(name: str | Path) -> Task:
     return Task(path.stem, read_pairs(path))
 
 
-def read_pairs(path: str | Path) -> tuple[Pair, ...]:
-    """The pairs of a file in any of the three formats; a pair that is there twice counts once.
+def load_many(names: str | Path | Iterable[str | Path]) -> list[Task]:
+    """Tasks by name or file, each once; "all" stands for every task that comes with mia.
 
-    Raises `FileError` naming the place, or both places of an input with different answers."""
-    text = read_utf8(path, f"the task {path}")
-    found: dict[str, tuple[Pair, str]] = {}
-    for where, row in _rows(text, path):
+    Raises as `load` does."""
+    names = [names] if isinstance(names, (str, Path)) else names
+    every = [e["name"] for e in index()]
+    expanded = [n for name in names for n in (every if name == "all" else [name])]
+    return [load(name) for name in dict.fromkeys(expanded)]
+
+
+def read_pairs(path: str | Path) -> tuple[Pair, ...]:
+    """The pairs of a file in any of the three formats; a repeated pair counts once.
+
+    Raises `FileError` naming the place of an error, or both places of an input that has
+    different answers."""
+    by_input: dict[str, tuple[Pair, str]] = {}
+    for where, row in _records(Path(path)):
         pair = _pair(row, f"{path}, {where}")
-        first, place = found.setdefault(pair.input, (pair, where))
+        first, place = by_input.setdefault(pair.input, (pair, where))
         if first != pair:
             a, b = (", ".join(map(repr, p.outputs)) for p in (first, pair))
             raise FileError(
                 f"{path}: the input {pair.input!r} has the answer {a} at {place} and {b} at "
                 f"{where}; if both are right, write them as one list"
             )
-    if not found:
+    if not by_input:
         raise FileError(f"{path} has no pairs of an input and an output")
-    return tuple(pair for pair, _ in found.values())
+    return tuple(pair for pair, _ in by_input.values())
 
 
-def _rows(text: str, path: str | Path) -> list[tuple[str, Any]]:
+def _records(path: Path) -> list[tuple[str, Any]]:
     """(where, {"input", "output"}) from JSONL, an array, or a flat object."""
-    read = partial(json.loads, object_pairs_hook=partial(_object, path))
-    try:
-        whole = read(text)
-    except ValueError as err:
-        first = text.lstrip().split("\n", 1)[0].rstrip()
-        if first and not (first[0] == "{" and first[-1] == "}"):  # it is not a line of JSONL
-            raise FileError(f"{path} is not JSON: {err}") from err
-        whole = None
-    if isinstance(whole, list):
-        return [(f"item {i}", row) for i, row in enumerate(whole)]
-    if isinstance(whole, dict):
+    records = read_records(path, f"the task {path}")
+    where, whole = records[0] if len(records) == 1 else ("", None)
+    if isinstance(whole, dict) and where.startswith("line"):
         # A flat object may have "input" among its words, but no task has fewer than 5 pairs.
         parts = {"input", "output"} & whole.keys()
-        if len(parts) == 2 or (parts and len(whole) < 5):
-            return [("line 1", whole)]
-        return [(f"key {k!r}", {"input": k, "output": v}) for k, v in whole.items()]
-    return json_lines(text, path, read)
-
-
-def _object(path: str | Path, items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; json itself would keep the last of two values."""
-    made: dict[str, Any] = {}
-    for key, value in items:
-        if key in made and made[key] != value:
-            raise FileError(f"{path}: the key {key!r} has two values, {made[key]!r} and {value!r}")
-        made[key] = value
-    return made
+        if len(parts) < 2 and not (parts and len(whole) < 5):
+            return [(f"key {k!r}", {"input": k, "output": v}) for k, v in whole.items()]
+    return records
 
 
 def _pair(row: Any, where: str) -> Pair:
@@ -177,8 +176,8 @@ def _pair(row: Any, where: str) -> Pair:
     for part in ("input", "output"):
         if part not in row:
             raise FileError(f"{where} has no {part!r}")
-    given = row["output"] if isinstance(row["output"], list) else [row["output"]]
-    texts = [_text(t, where) for t in (row["input"], *given)]
+    outputs = row["output"] if isinstance(row["output"], list) else [row["output"]]
+    texts = [_text(t, where) for t in (row["input"], *outputs)]
     if len(texts) < 2 or not all(texts):
         raise FileError(f"{where} has an empty input or output")
     return Pair(texts[0], tuple(dict.fromkeys(texts[1:])))
@@ -188,7 +187,9 @@ def _text(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise FileError(f"{where}: {value!r} is neither text nor a number")
     if isinstance(value, float) and not math.isfinite(value):
-        raise FileError(f"{where}: {value!r} is no finite number; write it in quotes if it is text")
+        raise FileError(
+            f"{where}: {value!r} is not a finite number; write it in quotes if it is text"
+        )
     return str(value).strip()
 
 
@@ -197,10 +198,10 @@ def _text(value: Any, where: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How a pair is written: a text with {input}, {output} and what ends the answer.
+    """How a pair is written: a text with {input}, {output} and something that ends the answer.
 
-    The query is the same text up to {output}, less the space that stands before it; that
-    space belongs to the answer's first token.
+    A query is the same text up to {output}, without the space before it: that space belongs
+    to the first token of the answer.
     """
 
     text: str
@@ -223,7 +224,7 @@ class Format:
 
     @property
     def end(self) -> str:
-        """What stands after an answer."""
+        """The text after an answer."""
         return self.text[self.text.index("{output}") + len("{output}") :]
 
     def example(self, pair: Pair) -> str:
@@ -233,7 +234,7 @@ class Format:
         return self._before.rstrip(" ").replace("{input}", text)
 
     def answer(self, output: str) -> str:
-        """An answer as it continues the query: with the space in front, if there was one."""
+        """An answer as it continues the query, with the space in front if there is one."""
         before = self._before
         return before[len(before.rstrip(" ")) :] + output
 
@@ -244,13 +245,16 @@ class Format:
 FORMATS = {"qa": Format("Q: {input}\nA: {output}\n\n"), "arrow": Format("{input} -> {output}, ")}
 
 
-def read_format(text: str) -> Format:
+def read_format(text: str | Format) -> Format:
     """`qa`, `arrow`, or a text with {input} and {output}. Raises `UsageError`."""
+    if isinstance(text, Format):
+        return text
     if text in FORMATS:
         return FORMATS[text]
     if "{" not in text:
         raise UsageError(
-            f"unknown format {text!r}; known: {', '.join(FORMATS)}, or a text with {{input}} and {{output}}"
+            f"unknown format {text!r}; known: {', '.join(FORMATS)}, or a text with {{input}} and "
+            "{output}"
         )
     return Format(text)
 
@@ -260,7 +264,7 @@ def read_format(text: str) -> Format:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Parts of a task that have no input in common."""
+    """Parts of a task without a common input."""
 
     train: tuple[Pair, ...]
     dev: tuple[Pair, ...]
@@ -275,14 +279,12 @@ def split(
     n_dev: int = 40,
     shots: int = 0,
 ) -> Split:
-    """Shuffles a task and cuts it: at most 60 % of it is test, at most 20 % dev, and less of it test
-    where train would not have `shots` examples and a query.
+    """Shuffles a task and splits it: at most 60 % is test and at most 20 % dev. Test gets fewer
+    if train would be left with less than `shots` examples and a query.
 
-    Raises `RangeError` where less than one pair would be left of a part."""
+    Raises `RangeError` if a part would be empty."""
     if n_test < 1 or n_dev < 1:
-        raise RangeError(
-            f"{n_test} test and {n_dev} dev queries are asked for; at least one of each"
-        )
+        raise RangeError(f"need at least 1 test and 1 dev query, got {n_test} and {n_dev}")
     n = len(task.pairs)
     n_test, n_dev = min(n_test, int(0.6 * n)), min(n_dev, int(0.2 * n))
     if not n_test or not n_dev:
@@ -292,8 +294,8 @@ def split(
     n_test = min(n_test, n - n_dev - shots - 1)
     if n_test < 1:
         raise RangeError(
-            f"{task.name} has {n} pairs, too few for {shots} examples in a prompt (--shots) and queries to "
-            "try them on"
+            f"{task.name} has {n} pairs, too few for a prompt of {shots} examples and "
+            "queries to evaluate"
         )
     order = [task.pairs[i] for i in rng.permutation(n)]
     test, dev = order[:n_test], order[n_test : n_test + n_dev]
@@ -303,36 +305,36 @@ def split(
 def draw(
     pool: Sequence[Pair], n: int, rng: np.random.Generator, *, without: str | None = None
 ) -> list[Pair]:
-    """n different examples, none with the input `without`. Raises `RangeError` where there are
+    """n different examples, none with the input `without`. Raises `RangeError` if there are
     too few."""
     allowed = [p for p in pool if p.input != without]
     if n > len(allowed):
         raise RangeError(
-            f"{n} examples are asked for; {len(allowed)} are left for them: "
-            "ask for fewer (--shots), or give the task more pairs"
+            f"need {n} examples, only {len(allowed)} available: ask for fewer shots, or give the "
+            "task more pairs"
         )
     return [allowed[i] for i in rng.choice(len(allowed), n, replace=False)]
 
 
 def shuffled(examples: Sequence[Pair], rng: np.random.Generator) -> list[Pair]:
-    """The same inputs with the outputs dealt anew (Todd et al. 2023: prompts that say how to
-    answer, and not what).
+    """The same inputs with the outputs shuffled among them (Todd et al. 2023: prompts that show
+    the form of an answer, but not the task).
 
-    None stays with its own input; of several such deals the one that leaves the fewest right
-    answers, which matters where many inputs have the same one."""
+    No output stays with its input. Of several shuffles the one with the fewest right answers
+    is taken, which matters if many inputs have the same answer."""
     n = len(examples)
     if n < 2:
         return list(examples)
     sets = [set(e.outputs) for e in examples]
     right = np.array([[bool(a & b) for b in sets] for a in sets])  # (n, n)
     best, fewest = np.empty(0, np.intp), n + 1
-    for _ in range(_DEALS):
+    for _ in range(_SHUFFLES):
         order = rng.permutation(n)
-        turned = np.empty(n, np.intp)  # a cycle through a random order: nothing stays in its place
-        turned[order] = np.roll(order, 1)
-        left = int(right[np.arange(n), turned].sum())
-        if left < fewest:
-            best, fewest = turned, left
-        if not left:
+        cycle = np.empty(n, np.intp)  # through a random order: nothing stays in its place
+        cycle[order] = np.roll(order, 1)
+        n_right = int(right[np.arange(n), cycle].sum())
+        if n_right < fewest:
+            best, fewest = cycle, n_right
+        if not n_right:
             break
     return [Pair(e.input, examples[int(j)].outputs) for e, j in zip(examples, best, strict=True)]

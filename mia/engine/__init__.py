@@ -1,1 +1,1 @@
-"""From requests to decodes. README.md beside this file tells the whole story."""
+"""From requests to decodes: README.md beside this file tells the whole story, run.py begins it."""

@@ -1,22 +1,26 @@
-"""From a graph's nodes to sites: by name where llama.cpp gives one, else by structure.
+"""From a graph's nodes to sites: by name if llama.cpp gives a reliable one, else by structure.
 
-Names alone do not do. `Qcur-3` is given three times (the last, after RoPE, is
-meant), `ffn_out-3` may be the MLP's output or its sum with the residual, and
-`attn_out-3` exists in a quarter of the architectures. What is certain is the
-residual stream: `l_out-i` is the end of block i, it is a sum, and attention
-comes into it through the one matrix product that reads `kqv_out-i`. So the
-names `l_out` and `kqv_out` are the anchors, and the sums between them tell the rest.
+Names alone are not enough. `Qcur-3` names three nodes (the site is the last, after RoPE),
+`ffn_out-3` may be the MLP's output or its sum with the residual, and `attn_out-3` exists in
+a quarter of the architectures. The residual stream is reliable: `l_out-i` is the end of
+block i, it is a sum, and attention enters it through the one matrix product that reads
+`kqv_out-i`. So the names `l_out` and `kqv_out` are the anchors, and the sums between them
+give the rest.
+
+A site of `mia.sites.SITES` is the last node with its llama.cpp name, unless `_SEARCHES` has
+a method for it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
-from mia.llama.ggml import Node, describe
-from mia.sites import BY_KEY, Site
+from mia.llama import Node, describe
+from mia.sites import KINDS, SITES, Site, SiteKind
 
 #: ops that only look at the same numbers in another shape, or take some rows of them
 _PASS = ("RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE", "CONT", "GET_ROWS", "DUP", "CPY")
@@ -39,6 +43,10 @@ class SiteNode:
     outputs_only: bool
     shape: tuple[int, ...]
     scale: float = 1.0
+
+    def read_shape(self, n_keys: int) -> tuple[int, ...]:
+        """The shape of a captured row: heads flattened, patterns (n_head, n_keys)."""
+        return (self.shape[0], n_keys) if self.layout == "pattern" else (prod(self.shape),)
 
 
 class Topology:
@@ -107,31 +115,59 @@ class Topology:
 
     # -- resolution ----------------------------------------------------------
 
-    def _add(self, name: str, layer: int | None, index: int | None) -> None:
+    def _resolve(self) -> None:
+        for kind in SITES:
+            if not kind.layered and not kind.block_end:
+                self._place(kind, None)
+        for layer in range(self.n_layer):
+            for kind in SITES:
+                if kind.layered:
+                    self._place(kind, layer)
+        for kind in SITES:
+            if not kind.layered and kind.block_end:
+                self._place(kind, None)
+
+    def _place(self, kind: SiteKind, layer: int | None) -> None:
+        """Adds a site if the graph has a node for it."""
+        search = _SEARCHES.get(kind.name)
+        index = self._named_node(kind, layer) if search is None else search(self, layer or 0)
         if index is None:
             return
-        ne, layout, scale = self.nodes[index].ne, "rows", 1.0
-        shape: tuple[int, ...] = (ne[0],)
-        if name == "attn_scores":
-            softmax = self.nodes[self._named[f"kq_soft_max-{layer}"]]
-            scale = softmax.param_f32(0)
-        if name in BY_KEY:
-            layout, shape = "pattern", (ne[2],)
-        elif name in ("q", "k", "v"):
-            # two rows are traced, so that (head_dim, n_head, 2) and (width, 2) differ
-            if ne[2] > 1:
-                layout, shape = "heads", (ne[1], ne[0])
-        elif name == "head_out":
-            q = self.sites.get(Site("q", layer))
-            n_head = q.shape[0] if q is not None and q.layout == "heads" else self._n_head
-            shape = (n_head, ne[0] // n_head)
-        self.sites[Site(name, layer)] = SiteNode(
+        layout, shape = self._row(kind, layer, self.nodes[index].ne)
+        scale = self._softmax_scale(layer) if kind.name == "attn_scores" else 1.0
+        self.sites[Site(kind.name, layer)] = SiteNode(
             index, layout, self._outputs_only[index], shape, scale
         )
 
-    def _resolve(self) -> None:
-        named = self._named.get
-        embed = next(
+    def _named_node(self, kind: SiteKind, layer: int | None) -> int | None:
+        """The last node with one of the llama.cpp names of the site."""
+        suffix = "" if layer is None else f"-{layer}"
+        indices = (self._named.get(name + suffix) for name in kind.llama)
+        return next((i for i in indices if i is not None), None)
+
+    def _row(
+        self, kind: SiteKind, layer: int | None, ne: tuple[int, ...]
+    ) -> tuple[str, tuple[int, ...]]:
+        """Layout and shape of one row, for `SiteNode`."""
+        if kind.by_key:
+            return "pattern", (ne[2],)
+        # the traced graph has two rows, which tells (head_dim, n_head, 2) from (width, 2)
+        if kind.headed and ne[2] > 1:
+            return "heads", (ne[1], ne[0])
+        if kind.headed and kind.shape[0] == "n_head":
+            q = self.sites.get(Site("q", layer))
+            n_head = q.shape[0] if q is not None and q.layout == "heads" else self._n_head
+            return "rows", (n_head, ne[0] // n_head)
+        return "rows", (ne[0],)
+
+    def _site_index(self, name: str, layer: int) -> int | None:
+        """The node of a site that is resolved already."""
+        node = self.sites.get(Site(name, layer))
+        return None if node is None else node.index
+
+    def _embedding(self, _: int) -> int | None:
+        """The node that looks up the token embeddings."""
+        return next(
             (
                 i
                 for i, n in enumerate(self.nodes)
@@ -139,36 +175,11 @@ class Topology:
             ),
             None,
         )
-        self._add("embed", None, embed)
-        for i in range(self.n_layer):
-            self._resolve_block(i)
-        self._add("final_norm", None, named("result_norm"))
-        self._add("logits", None, named("result_output"))
 
-    def _resolve_block(self, i: int) -> None:
-        named = self._named.get
-        pre = self._block_input(i)
-        self._add("resid_pre", i, pre)
-        self._add("attn_norm", i, named(f"attn_norm-{i}"))
-        self._add("mlp_norm", i, named(f"ffn_norm-{i}"))
-        for site, name in (("q", "Qcur"), ("k", "Kcur"), ("v", "Vcur")):
-            self._add(site, i, named(f"{name}-{i}"))
-        softmax = named(f"kq_soft_max-{i}")
-        if softmax is not None and self.nodes[softmax].op == "SOFT_MAX":
-            self._add("attn_scores", i, self._index.get(self.nodes[softmax].src[0]))
-        self._add("attn_pattern", i, softmax)
-        self._add("head_out", i, named(f"kqv_out-{i}"))
-        attn, mid = self._attention_output(i, pre)
-        self._add("attn_out", i, attn)
-        self._add("resid_mid", i, mid)
-        post = named(f"l_out-{i}")
-        self._add("mlp_out", i, self._mlp_output(i, mid, post))
-        self._add("resid_post", i, post)
-
-    def _block_input(self, i: int) -> int | None:
-        """`l_out-(i-1)`; for the first block what its norm reads."""
-        if i > 0:
-            return self._named.get(f"l_out-{i - 1}")
+    def _block_input(self, layer: int) -> int | None:
+        """The output of the block before; for the first block what its norm reads."""
+        if layer > 0:
+            return self._named.get(f"l_out-{layer - 1}")
         norm = self._named.get("attn_norm-0")
         while norm is not None:
             n = self.nodes[norm]
@@ -179,33 +190,49 @@ class Topology:
             (self._named[x] for x in ("inp_scaled", "inpL", "embd") if x in self._named), None
         )
 
-    def _attention_output(self, i: int, pre: int | None) -> tuple[int | None, int | None]:
+    def _scores(self, layer: int) -> int | None:
+        """What the softmax of the attention reads."""
+        softmax = self._named.get(f"kq_soft_max-{layer}")
+        if softmax is None or self.nodes[softmax].op != "SOFT_MAX":
+            return None
+        return self._index.get(self.nodes[softmax].src[0])
+
+    def _softmax_scale(self, layer: int | None) -> float:
+        return self.nodes[self._named[f"kq_soft_max-{layer}"]].param_f32(0)
+
+    def _attention_output(self, layer: int) -> int | None:
+        """What attention adds to the residual."""
+        return self._attention(layer)[0]
+
+    def _residual_middle(self, layer: int) -> int | None:
+        """The sum of the block's input and what attention adds."""
+        return self._attention(layer)[1]
+
+    def _attention(self, layer: int) -> tuple[int | None, int | None]:
         """What attention adds to the residual, and the sum. Follows the product that reads
         the heads forward through bias, post-norm and scaling until it meets the residual."""
-        heads = self._named.get(f"kqv_out-{i}")
-        if heads is None:
-            return self._named.get(f"attn_out-{i}"), self._named.get(f"ffn_inp-{i}")
+        heads, pre = self._site_index("head_out", layer), self._site_index("resid_pre", layer)
+        product = None if heads is None else self._product_after(heads)
+        if product is None:
+            return self._named.get(f"attn_out-{layer}"), self._named.get(f"ffn_inp-{layer}")
         pre_addr = self.nodes[pre].addr if pre is not None else 0
-        at = self._product_after(heads)
-        if at is None:
-            return self._named.get(f"attn_out-{i}"), self._named.get(f"ffn_inp-{i}")
-        result = at  # the last node that still has the rows that attention has
+        index = result = product  # `result`: the last node that still has attention's rows
         while True:
-            users = [u for u in self._users[self.nodes[at].addr] if u > at]
+            users = [u for u in self._users[self.nodes[index].addr] if u > index]
             if len(users) != 1:
                 return result, None
             user = self.nodes[users[0]]
-            others = [s for s in user.src if s != self.nodes[at].addr]
+            others = [s for s in user.src if s != self.nodes[index].addr]
             if user.op == "ADD" and others and self.root(others[0]) == pre_addr:
                 return result, users[0]
-            steps = user.op in ("GET_ROWS", "RMS_NORM", "NORM", "SCALE", "RESHAPE") or (
+            continues = user.op in ("GET_ROWS", "RMS_NORM", "NORM", "SCALE", "RESHAPE") or (
                 user.op in ("ADD", "MUL") and bool(others) and self.is_leaf(others[0])
             )
-            if not steps or user.src[0] != self.nodes[at].addr:
+            if not continues or user.src[0] != self.nodes[index].addr:
                 return result, None
-            at = users[0]
+            index = users[0]
             if user.op != "GET_ROWS":
-                result = at
+                result = index
 
     def _product_after(self, index: int) -> int | None:
         """The matrix product that reads a node, directly or through a reshape or scale."""
@@ -219,34 +246,48 @@ class Topology:
             index = users[0]
         return None
 
-    def _mlp_output(self, i: int, mid: int | None, post: int | None) -> int | None:
-        """The other term of the sum that makes `l_out-i`."""
+    def _mlp_output(self, layer: int) -> int | None:
+        """The other term of the sum that makes `l_out`."""
+        mid, post = self._site_index("resid_mid", layer), self._named.get(f"l_out-{layer}")
         if post is None or mid is None:
-            return self._last_named_before(i, post)
+            return self._named_mlp_output(layer, post)
         mid_addr = self.nodes[mid].addr
-        at: int | None = post
-        while at is not None and self.nodes[at].op == "ADD":
-            a, b = self.nodes[at].src[:2]
+        index: int | None = post
+        while index is not None and self.nodes[index].op == "ADD":
+            a, b = self.nodes[index].src[:2]
             if self.root(a) == mid_addr:
                 return self._index.get(b)
             if self.root(b) == mid_addr:
                 return self._index.get(a)
             # a control vector is added after the sum
-            at = (
-                self._index.get(a)
-                if self.is_leaf(b)
-                else self._index.get(b)
-                if self.is_leaf(a)
-                else None
-            )
-        return self._last_named_before(i, post)
+            if self.is_leaf(b):
+                index = self._index.get(a)
+            elif self.is_leaf(a):
+                index = self._index.get(b)
+            else:
+                break
+        return self._named_mlp_output(layer, post)
 
-    def _last_named_before(self, i: int, post: int | None) -> int | None:
-        for name in (f"ffn_moe_out-{i}", f"ffn_out-{i}"):
-            at = self._named.get(name)
-            if at is not None and at != post:
-                return at
+    def _named_mlp_output(self, layer: int, post: int | None) -> int | None:
+        for name in (f"ffn_moe_out-{layer}", f"ffn_out-{layer}"):
+            index = self._named.get(name)
+            if index is not None and index != post:
+                return index
         return None
+
+    # -- what people ask ------------------------------------------------------
+
+    def about(self, name: str) -> str:
+        """`SiteKind.about` with this model's sizes; empty if the graph does not show them."""
+        first = {site.name: node for site, node in reversed(self.sites.items())}
+        if not {"q", "k", "head_out"} <= first.keys():
+            return ""
+        n_head, head_dim = first["head_out"].shape
+        n_head_kv = first["k"].shape[0] if first["k"].layout == "heads" else n_head
+        shared = f", each read by {n_head // n_head_kv} query heads" if n_head_kv < n_head else ""
+        return KINDS[name].about.format(
+            n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim, kv_shared=shared
+        )
 
     # -- what the engine asks -------------------------------------------------
 
@@ -285,3 +326,14 @@ class Topology:
         """Indices of the unembedding, which need not run where no logits are wanted."""
         norm = self.sites.get(Site("final_norm"))
         return [] if norm is None else list(range(norm.index + 1, len(self.nodes)))
+
+
+#: sites whose node has no reliable name; a search may use the sites above it in `SITES`
+_SEARCHES: dict[str, Callable[[Topology, int], int | None]] = {
+    "embed": Topology._embedding,
+    "resid_pre": Topology._block_input,
+    "attn_scores": Topology._scores,
+    "attn_out": Topology._attention_output,
+    "resid_mid": Topology._residual_middle,
+    "mlp_out": Topology._mlp_output,
+}

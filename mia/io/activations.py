@@ -9,25 +9,25 @@ or `(n_tokens, width)` are read as well.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mia.arrays import Array
 from mia.edits import Tokens, resolve_tokens
 from mia.errors import FileError, UsageError
 from mia.io.files import write_whole
+from mia.ranges import compact
 from mia.show.report import Report
-from mia.sites import Site, parse
+from mia.sites import KINDS, Site, parse, split_spelling
 
 if TYPE_CHECKING:
+    from mia.generation import Token
     from mia.io.provenance import ModelFacts
-    from mia.model import Model
 
-Array = npt.NDArray[np.float32]
 #: stands for the number of layers where it is not known
 _MANY_LAYERS = 1 << 20
 
@@ -47,22 +47,28 @@ class Activations(Report):
             `.npy`) stands under "".
         source: the file they came from, for messages.
         facts: the model, where they were read in this process.
-        pieces: the text of each token of the prompt, empty where it is not known.
+        prompt: its tokens, empty where they are not known.
+        positions: the token of the prompt that each row is of.
+        file: what `save` wrote last.
     """
 
     def __init__(
         self,
         arrays: Mapping[str, Array],
         metadata: Mapping[str, str] | Callable[[], Mapping[str, str]] | None = None,
-        source: str = "activations",
+        source: str = "the capture",
         *,
         facts: ModelFacts | None = None,
-        pieces: Iterable[str] = (),
+        prompt: Sequence[Token] = (),
+        positions: Sequence[int] | None = None,
     ):
         """`metadata`: strings (see `mia.io.provenance`), or what makes them when they are asked
         for: hashing a model takes time."""
         self.arrays, self.source = dict(arrays), source
-        self.facts, self.pieces = facts, list(pieces)
+        self.facts, self.prompt = facts, list(prompt)
+        self.file: str | None = None
+        n_rows = max(map(len, self.arrays.values()), default=0)
+        self.positions = list(range(n_rows) if positions is None else positions)
         self._metadata = metadata or {}
 
     @cached_property
@@ -72,6 +78,8 @@ class Activations(Report):
     @property
     def tokens(self) -> list[int]:
         """The prompt's token ids, empty where a file does not say."""
+        if self.prompt:
+            return [t.id for t in self.prompt]
         return list(json.loads(self.metadata.get("tokens", "[]")))
 
     @property
@@ -79,6 +87,26 @@ class Activations(Report):
         return [_site(name) for name in self.arrays if name]
 
     # -- reading -----------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        name = self.facts.name if self.facts is not None else self.source
+        places = ", ".join(self._places()) or "no named site"
+        n = len(self.positions)
+        return f"Activations({name}: {places}, {n} token{'' if n == 1 else 's'})"
+
+    def _places(self) -> list[str]:
+        """Its sites, those of one kind together: "resid_post.0..29"."""
+        names = [name for name in self.arrays if name]
+        kinds = dict.fromkeys(name.partition(".")[0] for name in names)
+        return [
+            f"{kind}.{compact(layers)}" if (layers := self._layers_of(kind)) else kind
+            for kind in kinds
+        ]
+
+    def _layers_of(self, kind: str) -> list[int]:
+        """The layers that there are of a kind of site."""
+        parts = [name.partition(".") for name in self.arrays]
+        return [int(layer) for name, _, layer in parts if name == kind and layer.isdigit()]
 
     def __getitem__(self, key: str | Site | int | slice) -> Array:
         """The rows of a site, `(n_tokens, width)`; or by an index or slice the tokens of the
@@ -94,7 +122,7 @@ class Activations(Report):
             UsageError: there is no such site; the message names those there are.
             RangeError: a token index out of range.
         """
-        name = str(parse(site, _MANY_LAYERS))
+        name = self._key(site)
         array = self.arrays.get(name, self.arrays.get(""))
         if array is None:
             raise UsageError(f"{self.source} has no {name}; it has {_listed(self.arrays)}")
@@ -109,21 +137,41 @@ class Activations(Report):
         """One head of a site of heads (`head_out`, `q`, `k`, `v`), `(n_tokens, head_dim)`.
 
         Raises `UsageError` where the site has no heads or no such head."""
-        kind = self._kind()
-        n = self.metadata.get("n_head_kv" if kind in ("k", "v") else "n_head")
-        rows = self.at(Site(kind, layer))
-        if kind not in ("q", "k", "v", "head_out") or n is None:
-            raise UsageError(f"{self.source} has {kind}, which is not made of heads")
-        if not 0 <= head < int(n):
-            raise UsageError(
-                f"there is no head {head} at {kind}.{layer}; there are 0 to {int(n) - 1}"
-            )
-        return rows.reshape(len(rows), int(n), -1)[:, head]
+        kind = KINDS[self._kind()]
+        n_heads = self.metadata.get(kind.shape[0])
+        if not kind.headed or kind.by_key or n_heads is None:
+            raise UsageError(f"{self.source} has {kind.name}, which is not made of heads")
+        n = int(n_heads)
+        if not 0 <= head < n:
+            raise UsageError(f"there is no head {head} at {kind.name}; there are 0 to {n - 1}")
+        rows = self.at(Site(kind.name, layer))
+        return rows.reshape(len(rows), n, -1)[:, head]
 
     def stack(self) -> Array:
         """All layers of the only kind of site, `(n_layer, n_tokens, width)`."""
         self._kind()
         return np.stack(list(self.arrays.values()))
+
+    def _key(self, site: str | Site) -> str:
+        """The canonical name of one site. Raises `UsageError` for a kind of site without a layer,
+        where there are layers of it."""
+        kind, layers = split_spelling(str(site).strip())
+        if layers is not None or not KINDS[kind].layered:
+            return str(parse(site, self._n_layer))
+        if have := self._layers_of(kind):
+            stack = "; stack() gives all layers" if len(self._places()) == 1 else ""
+            raise UsageError(
+                f"{str(site)!r} needs a layer: {self.source} has {kind}.{compact(have)}{stack}"
+            )
+        return kind
+
+    @property
+    def _n_layer(self) -> int:
+        """The model's layers, a large number where they are not known."""
+        if self.facts is not None:
+            return self.facts.n_layer
+        n = self.metadata.get("n_layer", "")
+        return int(n) if n.isdigit() else _MANY_LAYERS
 
     def _only(self) -> Array:
         if len(self.arrays) != 1:
@@ -140,29 +188,13 @@ class Activations(Report):
             )
         return kinds[0]
 
-    def check(self, model: Model) -> None:
-        """Raises `UsageError` where these activations are of another kind of model."""
-        theirs = self.metadata.get("tokenizer_sha256")
-        if theirs is not None and theirs != model.tokenizer_hash:
-            name = self.metadata.get("model", "another model")
-            raise UsageError(
-                f"{self.source} was captured from {name}, which has another tokenizer than {model.name}"
-            )
-        width = self.metadata.get("n_embd")
-        if width is not None and int(width) != model.n_embd:
-            raise UsageError(
-                f"{self.source} was captured from a model of width {width}; {model.name} has {model.n_embd}"
-            )
-
     # -- showing -----------------------------------------------------------------------
 
     def document(self) -> dict[str, Any]:
         return {
             "model": None if self.facts is None else self.facts.document(),
-            "tokens": [
-                {"index": i, "id": t, "text": p}
-                for i, (t, p) in enumerate(zip(self.tokens, self.pieces, strict=False))
-            ],
+            "tokens": [t.document() for t in self.prompt],
+            **({} if self.file is None else {"file": self.file}),
             "sites": [
                 {"site": k, "shape": list(a.shape), "dtype": "float32"}
                 for k, a in self.arrays.items()
@@ -179,8 +211,8 @@ class Activations(Report):
         out = []
         for name, a in self.arrays.items():
             norms = np.linalg.norm(a.reshape(len(a), -1), axis=1)
-            for i, norm in enumerate(norms.tolist()):
-                piece = self.pieces[i] if i < len(self.pieces) else ""
+            for i, norm in zip(self.positions, norms.tolist(), strict=False):
+                piece = self.prompt[i].text if i < len(self.prompt) else ""
                 out.append({"site": name, "token_index": i, "text": piece, "norm": norm})
         return out
 
@@ -196,7 +228,13 @@ class Activations(Report):
     # -- files -------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Writes safetensors, or for a name that ends in .npy one bare array. Raises `FileError`."""
+        """Writes safetensors; for a name that ends in .npy one bare array, in .json the document.
+
+        Raises `FileError`."""
+        if Path(path).suffix == ".json":
+            super().save(path)
+            return
+        self.file = str(path)
         if Path(path).suffix == ".npy":
             self._save_npy(path)
             return

@@ -33,7 +33,7 @@ def check_writable(path: str | Path) -> Path:
     if path.is_dir():
         raise FileError(f"{path} is a folder; give a file name")
     if path.exists() and not path.is_file():  # renaming would take a device's or pipe's place
-        raise FileError(f"cannot write {path}: it is not a regular file (--json prints to stdout)")
+        raise FileError(f"cannot write {path}: it is not a regular file")
     if not folder.is_dir():
         raise FileError(f"cannot write {path}: there is no folder {folder}")
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):

@@ -12,14 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mia.io.files import file_sha256
 from mia.notices import notice
 from mia.ranges import compact, indices
-
-if TYPE_CHECKING:
-    from mia.model import Model
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,8 @@ class ModelFacts:
     architecture: str
     n_layer: int
     n_embd: int
+    n_head: int
+    n_head_kv: int
 
     @cached_property
     def sha256(self) -> str:
@@ -48,33 +47,30 @@ class ModelFacts:
             **versions(),
         }
 
+    def metadata(self) -> dict[str, str]:
+        """The same for a file's metadata, as strings."""
+        return {
+            **versions(),
+            "model": self.name,
+            "model_file": self.path.name,
+            "model_sha256": self.sha256,
+            "architecture": self.architecture,
+            "n_layer": str(self.n_layer),
+            "n_embd": str(self.n_embd),
+            "n_head": str(self.n_head),
+            "n_head_kv": str(self.n_head_kv),
+        }
+
 
 def versions() -> dict[str, str]:
     from mia import __version__
-    from mia.llama.ggml import library_info
+    from mia.llama import library_info
 
     return {"mia": __version__, "llama_cpp_python": library_info()["llama_cpp_python"]}
 
 
-def file_metadata(model: Model, **arguments: Any) -> dict[str, str]:
-    """What a file says of how it was made: model file and hash, tokenizer, versions, arguments.
-    All are strings; what is none already is JSON."""
-    return {
-        **versions(),
-        "model": model.name,
-        "model_file": model.path.name,
-        "model_sha256": model.file_hash,
-        "tokenizer_sha256": model.tokenizer_hash,
-        "architecture": model.architecture,
-        "n_layer": str(model.n_layer),
-        "n_embd": str(model.n_embd),
-        "n_head": str(model.n_head),
-        "n_head_kv": str(model.n_head_kv),
-        **as_strings(arguments),
-    }
-
-
 def as_strings(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Facts for a file's metadata; values that are not text become JSON."""
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
 
 
@@ -94,17 +90,18 @@ _ITEMS = re.compile(r"\d+(\.\.\d+)?(,\d+(\.\.\d+)?)*")
 # -- made elsewhere ----------------------------------------------------------------------
 
 
-def warn_of_other_model(sources: Iterable[Mapping[str, str]], name: str, model: Model) -> None:
+def warn_of_other_model(sources: Iterable[Mapping[str, str]], name: str, facts: ModelFacts) -> None:
     """A notice for each other model that something was made with.
 
     Args:
         sources: metadata of the file, or of each that arithmetic made it from.
         name: what to call it.
+        facts: the model that it is now used with.
     """
     others = [
         s.get("model", "unknown")
         for s in sources
-        if s.get("model_sha256", model.file_hash) != model.file_hash
+        if s.get("model_sha256", facts.sha256) != facts.sha256
     ]
     for other in dict.fromkeys(others):
         notice(f"{name} was made with another model, {other}")
@@ -113,7 +110,7 @@ def warn_of_other_model(sources: Iterable[Mapping[str, str]], name: str, model: 
 def warn_of_same_items(
     sources: Iterable[Mapping[str, str]], name: str, data: Path, items: Sequence[int]
 ) -> None:
-    """A notice where a vector was learned from items of a data file that it is now tried on."""
+    """A notice if a vector was trained on items that it is now evaluated on."""
     sha, overlaps = file_sha256(data), []
     for source in sources:
         text = source.get("items", "")
@@ -121,10 +118,7 @@ def warn_of_same_items(
             learned = set(indices(text, 1 << 62))
             overlaps.append(compact([i for i in items if i in learned]))
     for overlap in dict.fromkeys(filter(None, overlaps)):
-        notice(
-            f"{name} was made from items {overlap} of this {data.name}, which are asked again; "
-            "try it on others"
-        )
+        notice(f"{name} was trained on items {overlap} of this evaluation; use held-out items")
 
 
 def warn_of_other_task(metadata: Mapping[str, str], name: str, facts: Mapping[str, Any]) -> None:
@@ -141,6 +135,6 @@ def warn_of_other_task(metadata: Mapping[str, str], name: str, facts: Mapping[st
     other = [k for k in keys if metadata.get(k, here.get(k)) != here.get(k)]
     if other:
         notice(
-            f"{name} was made with another {' and '.join(other)}: some of these test queries may "
-            "have been among its training ones; use the same seed, split and known pairs"
+            f"{name} was made with another {' and '.join(other)}: test queries may "
+            "overlap its training data; use the same seed, split and known pairs"
         )

@@ -1,9 +1,8 @@
-"""Chains of affine steps and norms, and what is left of them when the norms are held fixed.
+"""Chains of affine steps and norms, and what they make of each part of a sum.
 
-A logit is not a sum over the parts of a residual because the final norm divides by the
-size of the whole. Held at the size it had ("frozen"), everything from the residual to the
-logit is affine, and each part has its share (Elhage et al. 2021; Nanda's direct logit
-attribution).
+A logit is not a sum over the parts of a residual because the final norm divides by the size
+of the whole. With that size held fixed ("frozen"), everything from the residual to the logit
+is affine, and each part has its share (Elhage et al. 2021; Nanda's direct logit attribution).
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.floating[Any]]
-Step = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """RMSNorm, or LayerNorm where `centred`; weight and bias are steps of their own."""
+    """RMSNorm, or LayerNorm if `centred`, without weight and bias, which are steps of their own."""
 
     eps: float
     centred: bool
@@ -37,18 +35,20 @@ class Norm:
         """1 / sqrt(mean square + eps) of rows that are centred already: (…, 1)."""
         return 1 / np.sqrt((centred * centred).mean(-1, keepdims=True) + np.float32(self.eps))
 
-    def frozen(self, x: Array, at: Array) -> Array:
-        """x through the norm as it divides `at`: linear in x."""
-        return self.centre(x) * self.factor(self.centre(at))
+    def frozen(self, x: Array, whole: Array) -> Array:
+        """x through the norm with the size of `whole`: linear in x."""
+        return self.centre(x) * self.factor(self.centre(whole))
 
 
-def split(steps: Sequence[Step], parts: Array, constant: Array) -> tuple[Array, Array]:
+def split(
+    steps: Sequence[Callable[[Array], Array]], parts: Array, constant: Array
+) -> tuple[Array, Array]:
     """Parts (n, width) and a constant (width,), whose sum is x, through steps that make y of x.
 
-    Each step is a `Norm`, taken as it divides x, or affine. Returns parts and a constant whose
-    sum is y: biases go to the constant.
+    Each step is a `Norm`, frozen at the size of x, or affine. Returns parts and a constant whose
+    sum is y; biases go to the constant.
     """
-    rows: Array = np.concatenate([constant[None], parts]).astype(np.float64)
+    rows: Array = np.concatenate([constant[None], parts]).astype(np.float64)  # (1 + n, width)
     for step in steps:
         if isinstance(step, Norm):
             rows = step.frozen(rows, rows.sum(0))

@@ -1,36 +1,35 @@
-"""Lenses: from residual vectors to scores over the vocabulary.
+"""The logit lens: a residual of any layer through the model's own unembedding.
 
-`LogitLens` is nostalgebraist's (2020): the model's own final norm and unembedding,
-applied to a residual of any layer. Which operations those are is read off the
-graph, from the last block's output to the logits, so that LayerNorm, biases, logit
-scales and soft-capping are done where an architecture has them. It is checked
-against the model's own logits at first use.
+`LogitLens` is nostalgebraist's (2020): the final norm and unembedding of the model, applied to
+the residual of any layer. Its steps are read off the graph, so that LayerNorm, biases, logit
+scales and soft-capping are applied on the architectures that have them.
 
-The scores of all rows over a vocabulary of 50,000 to 260,000 are never held at
-once: blocks of the unembedding are dequantized and multiplied, and what is kept is
-a running top-k, a running log-sum-exp, and the tokens asked for.
+The scores of all rows over a vocabulary of 50,000 to 260,000 are never in memory at once: the
+unembedding is dequantized and multiplied in blocks, and what stays is a running top-k, a
+running log-sum-exp, and the logits of the tokens asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from mia.arrays import Array
 from mia.errors import ModelError, RangeError, UsageError
-from mia.lenses.linear import Norm, split
-from mia.request import Capture, Request
-from mia.sites import Site
+from mia.lenses.linear import Array as AnyFloats, Norm, split
+from mia.lenses.readout import Readout
+from mia.lenses.table import LensTable, lens_rows
+from mia.lenses.top_k import TopK
+from mia.lenses.walk import ByColumn, Product, Tanh, Times, walk
+from mia.sites import LENS_READS, Site
 
 if TYPE_CHECKING:
-    from mia.model import Model
+    from mia.engine.graph import Topology
+    from mia.io.activations import Activations
+    from mia.llama.weights import Weights
 
-Array = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.intp]
-Step = Callable[[Array], Array]
 
 #: floats of scores held at a time
 _BLOCK = 4 << 20
@@ -38,306 +37,208 @@ _BLOCK = 4 << 20
 _ROWS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Readout:
-    """What a lens saw in n residuals.
+class LogitLens:
+    """A model's final norm and unembedding.
 
-    Attributes:
-        ids, logits, probs: (n, k) the best tokens, best first.
-        logsumexp: (n,) natural log of the sum over the vocabulary.
-        wanted: (n, n_wanted) logits of the tokens asked for.
+    `Model.lens` makes one, and checks it against the model's own logits.
     """
 
-    ids: IntArray
-    logits: Array
-    probs: Array
-    logsumexp: Array
-    wanted: Array
+    def __init__(
+        self,
+        topology: Topology,
+        weights: Weights,
+        *,
+        architecture: str,
+        piece: Callable[[int], str] = str,
+    ):
+        """`piece`: the text of a token id, for tables.
 
-    @property
-    def wanted_logprobs(self) -> Array:
-        return self.wanted - self.logsumexp[:, None]
+        Raises `ModelError` if the graph's end has an operation that the lens does not know."""
+        begin, end = Site("resid_post", topology.n_layer - 1), Site("logits")
+        steps = walk(topology, weights, begin, end, architecture=architecture)
+        products = [step for step in steps if isinstance(step, Product)]
+        if len(products) != 1:
+            raise ModelError(
+                f"the lens needs one unembedding; {architecture} has {len(products)} matrices "
+                "behind its last block"
+            )
+        middle = steps.index(products[0])
+        self._before = [step for step in steps[:middle] if not isinstance(step, Product)]
+        self._after: list[ByColumn] = []  # act on the logits
+        for step in steps[middle + 1 :]:
+            if isinstance(step, (Norm, Product)):
+                raise ModelError(f"the lens does not know the norm of logits of {architecture}")
+            self._after.append(step)
+        self._weights, self._matrix, self._piece = weights, products[0].name, piece
+        self.n_embd = topology.sites[begin].shape[0]
+        self.n_vocab = topology.sites[end].shape[0]
 
+    def __call__(self, activations: Activations, k: int = 5, *, norm: bool = True) -> LensTable:
+        """Reads activations (`Model.look`) as a table that prints and plots.
 
-class Lens(Protocol):
-    """A map from residuals (n, n_embd) to vocabulary scores."""
+        Args:
+            k: how many tokens of each row.
+            norm: see `read`.
 
-    def read(
-        self, h: Array, k: int = ..., *, wanted: Sequence[int] = ..., norm: bool = ...
-    ) -> Readout:
-        """The best k tokens of each row."""
-        ...
+        Raises:
+            UsageError: a site that a lens does not read.
+        """
+        sites = activations.sites
+        for s in sites:
+            if not s.kind.lens:
+                raise UsageError(f"a lens does not read {s}; it reads {', '.join(LENS_READS)}")
+        rows = np.concatenate([activations[s] for s in sites])
+        places = [(s.llama, s, i) for s in sites for i in activations.positions]
+        return LensTable(
+            facts=activations.facts,
+            tokens=activations.prompt,
+            lens=lens_rows(self.read(rows, k, norm=norm), places, self._piece),
+            n_tokens=len(activations.positions),
+        )
 
+    def check(self, h: Array, logits: Array, *, model: str) -> None:
+        """Holds the lens at the last layer against the model's own logits.
 
-class LogitLens:
-    """The model's final norm and unembedding."""
+        Args:
+            h: (n, n_embd) outputs of the last block.
+            logits: (n, n_vocab) what the model makes of them.
+            model: what an error calls it.
 
-    def __init__(self, model: Model):
-        """Raises `ModelError` where the graph's tail has an operation that is not known, or
-        where the result differs from the model's own logits."""
-        self._weights = model.weights
-        self.n_embd, self.n_vocab = model.n_embd, model.n_vocab
-        self._before: list[tuple[str, Step]] = []
-        self._after: list[Callable[[Array, int, int], Array]] = []
-        self._caps: list[Callable[[Array, int, int], Array]] = []  # those of them that bend
-        self._matrix = ""
-        self._read_graph(model)
-        self._check(model)
+        Raises:
+            ModelError: they differ.
+        """
+        # llama.cpp rounds activations to 8 bits before a quantized unembedding
+        error = float(np.abs(self.logits(h) - logits).max() / np.maximum(np.ptp(logits), 1e-6))
+        if not error < 0.02:
+            raise ModelError(
+                f"the lens at the last layer of {model} differs from the model's own logits "
+                f"by {error:.1%} of their range; refusing to show wrong numbers"
+            )
 
     # -- use ---------------------------------------------------------------------
 
     def read(
-        self, h: Array, k: int = 10, *, wanted: Sequence[int] = (), norm: bool = True
+        self, h: Array, k: int = 10, *, tokens: Sequence[int] = (), norm: bool = True
     ) -> Readout:
         """The best k tokens of each row of h (n, n_embd), in time and memory for k.
 
         Args:
-            wanted: token ids whose logits are returned as well.
+            tokens: token ids whose logits are returned as well.
             norm: False leaves out the division by the root mean square (LayerNorm:
                 centring and division), as the first llama.cpp tools did.
         """
         x = self._prepared(h, norm)
         k = min(k, self.n_vocab)
         if k < 1:
-            raise RangeError(f"k is {k}; at least one token must be asked for")
-        for t in wanted:
-            if not 0 <= t < self.n_vocab:
-                raise RangeError(
-                    f"token id {t} is out of range; the vocabulary has 0 to {self.n_vocab - 1}"
-                )
-        parts = [self._read_rows(x[i : i + _ROWS], k, wanted) for i in range(0, len(x), _ROWS)]
+            raise RangeError(f"k must be at least 1, got {k}")
+        for t in tokens:
+            self._check_token(t)
+        parts = [self._read_rows(x[i : i + _ROWS], k, tokens) for i in range(0, len(x), _ROWS)]
         if len(parts) == 1:
             return parts[0]
-        fields = ("ids", "logits", "probs", "logsumexp", "wanted")
+        fields = ("ids", "logits", "probs", "logsumexp", "token_logits")
         return Readout(*(np.concatenate([getattr(p, f) for p in parts]) for f in fields))
 
     def logits(self, h: Array, *, norm: bool = True) -> Array:
-        """All scores (n, n_vocab): for few rows."""
+        """All scores (n, n_vocab) at once, for a small number of rows."""
         x = self._prepared(h, norm)
         return np.concatenate([b for _, _, b in self._blocks(x)], axis=1)
 
     def direction(self, token: int) -> Array:
-        """(n_embd,): where a residual points for this token. The norm's weight is folded in, so
-        that a residual without this direction has lens logit 0 for the token (RMSNorm)."""
-        if not 0 <= token < self.n_vocab:
-            raise RangeError(
-                f"token id {token} is out of range; the vocabulary has 0 to {self.n_vocab - 1}"
-            )
-        row = self._weights.rows(self._matrix, token, token + 1)[0]
-        for kind, step in reversed(self._before):
-            if kind == "weight":
+        """(n_embd,): the direction of a token in the residual stream. The norm's weight is folded
+        in, so that a residual without this direction has lens logit 0 for the token (RMSNorm)."""
+        self._check_token(token)
+        row = self._weights.rows(self._matrix, token, token + 1)[0]  # (n_embd,)
+        for step in reversed(self._before):
+            if isinstance(step, Times):
                 row = step(row)
         return row
 
-    def attribute(self, parts: Array, token: int) -> tuple[Array, float, float]:
+    def attribute(self, parts: Array, token: int) -> tuple[AnyFloats, float, float]:
         """What each of the parts (n, n_embd) of a last residual, their sum, gives to a logit.
 
-        The final norm is held as it divides the sum; the logit is the one before soft-capping.
+        The final norm is frozen at the size of the sum; the logit is the one before soft-capping.
 
         Returns:
-            (n,) the parts' shares; the share of biases; and the logit that the model makes of
-            both, after soft-capping where it does that.
+            (n,) the parts' shares; the share of biases; and the model's logit of both, after
+            soft-capping if it has that.
         """
-        steps = [step for _, step in self._before]
-        rows, constant = split(steps, parts, np.zeros(self.n_embd, np.float32))
+        rows, constant = split(self._before, parts, np.zeros(self.n_embd, np.float32))
         row = self._weights.rows(self._matrix, token, token + 1)[0].astype(np.float64)
-
-        def straight(scores: Any) -> Any:
-            for step in self._after:
-                scores = scores if step in self._caps else step(scores, token, token + 1)
-            return scores
-
-        zero = straight(np.zeros(1))
-        shares = straight((rows @ row)[:, None])[:, 0] - zero
-        logit = np.asarray([(rows @ row).sum() + constant @ row])
-        for after in self._after:
-            logit = after(logit, token, token + 1)
-        return shares, float(straight(np.asarray([constant @ row]))[0]), float(logit[0])
+        capped = [step.columns(token, token + 1) for step in self._after]
+        uncapped = [step for step in capped if not isinstance(step, Tanh)]
+        zero = _through(uncapped, np.zeros(1))
+        shares = _through(uncapped, (rows @ row)[:, None])[:, 0] - zero
+        logit = _through(capped, np.asarray([(rows @ row).sum() + constant @ row]))
+        bias = _through(uncapped, np.asarray([constant @ row]))
+        return shares, float(bias[0]), float(logit[0])
 
     @property
     def capped(self) -> bool:
-        """Whether the model bends its logits at the end (soft-capping)."""
-        return bool(self._caps)
+        """Whether the model soft-caps its logits."""
+        return any(isinstance(step, Tanh) for step in self._after)
 
     def unembed(self, h: Array, k: int = 10) -> Readout:
-        """The best k tokens of each row of h (n, n_embd) by the unembedding alone: no final norm, no
-        weight of it."""
+        """The best k tokens of each row of h (n, n_embd) by the unembedding alone, without the
+        final norm and its weight."""
         x = np.ascontiguousarray(np.atleast_2d(h), np.float32)
-        if x.ndim != 2 or x.shape[1] != self.n_embd:
-            raise UsageError(f"a lens reads rows of {self.n_embd}, not shape {np.shape(h)}")
+        self._check_width(x)
         if not 1 <= k <= self.n_vocab:
-            raise RangeError(f"k is {k}; 1 to {self.n_vocab} tokens can be asked for")
+            raise RangeError(f"k must be 1 to {self.n_vocab}, got {k}")
         return self._read_rows(x, k, ())
 
     # -- the pieces --------------------------------------------------------------
 
-    def _prepared(self, h: Array, norm: bool) -> Array:
-        x = np.asarray(h, np.float32)
-        if x.ndim == 1:
-            x = x[None]
+    def _check_token(self, token: int) -> None:
+        if not 0 <= token < self.n_vocab:
+            raise RangeError(
+                f"token id {token} is out of range; the vocabulary has 0 to {self.n_vocab - 1}"
+            )
+
+    def _check_width(self, x: Array) -> None:
         if x.ndim != 2 or x.shape[1] != self.n_embd:
-            raise UsageError(f"a lens reads rows of {self.n_embd}, not shape {np.shape(h)}")
-        for kind, step in self._before:
-            if norm or kind != "norm":
+            raise UsageError(f"a lens reads rows of {self.n_embd}, not shape {x.shape}")
+
+    def _prepared(self, h: Array, norm: bool) -> Array:
+        """What the unembedding multiplies: (n, n_embd)."""
+        x = np.atleast_2d(np.asarray(h, np.float32))
+        self._check_width(x)
+        for step in self._before:
+            if norm or not isinstance(step, Norm):
                 x = step(x)
         return np.ascontiguousarray(x)
 
-    def _blocks(self, x: Array):  # type: ignore[no-untyped-def]
+    def _blocks(self, x: Array) -> Iterator[tuple[int, int, Array]]:
         """Yields (first token, last token + 1, scores (n, block)); the scores are reused."""
         size = int(np.clip(_BLOCK // max(len(x), 1), 512, 16384))
         for start in range(0, self.n_vocab, size):
             stop = min(start + size, self.n_vocab)
             scores = x @ self._weights.rows(self._matrix, start, stop).T
-            for step in self._after:
-                scores = step(scores, start, stop)
-            yield start, stop, scores
+            yield start, stop, _through([s.columns(start, stop) for s in self._after], scores)
 
-    def _read_rows(self, x: Array, k: int, wanted: Sequence[int]) -> Readout:
+    def _read_rows(self, x: Array, k: int, tokens: Sequence[int]) -> Readout:
         n = len(x)
-        best = _TopK(n, k)
+        best = TopK(n, k)
         top = np.full(n, -np.inf, np.float32)
-        total = np.zeros(n, np.float64)
-        asked = np.asarray(wanted, np.intp)
-        found = np.empty((n, len(asked)), np.float32)
+        total = np.zeros(n, np.float64)  # sum of exp(score - top)
+        ids = np.asarray(tokens, np.intp)
+        token_logits = np.empty((n, len(ids)), np.float32)
         for start, stop, scores in self._blocks(x):
             high = scores.max(1)
             best.add(start, scores, high)
-            inside = (asked >= start) & (asked < stop)
-            found[:, inside] = scores[:, asked[inside] - start]
+            inside = (ids >= start) & (ids < stop)
+            token_logits[:, inside] = scores[:, ids[inside] - start]
             new = np.maximum(top, high)
             scores -= new[:, None]
             np.exp(scores, out=scores)
             total = total * np.exp(top - new, dtype=np.float64) + scores.sum(1)
             top = new
         lse = (top + np.log(total)).astype(np.float32)
-        ids, logits = best.sorted()
-        return Readout(ids, logits, np.exp(logits - lse[:, None]), lse, found)
-
-    # -- making it ---------------------------------------------------------------
-
-    def _read_graph(self, model: Model) -> None:
-        """Walks from the logits back to the last block's output, and notes each operation."""
-        topology, weights = model.topology, self._weights
-        end = topology.sites.get(Site("logits"))
-        begin = topology.sites.get(Site("resid_post", model.n_layer - 1))
-        if end is None or begin is None:
-            raise ModelError(f"{model.architecture} has no logits or no last block output to read")
-        stop = topology.nodes[begin.index].addr
-        node, after = topology.nodes[end.index], True
-        before: list[tuple[str, Step]] = []
-        posts: list[Callable[[Array, int, int], Array]] = []
-        while node.addr != stop:
-            if node.op == "MUL_MAT" and after:
-                self._matrix, after = topology.node(node.src[0]).name, False
-                source = node.src[1]
-            elif node.op in ("ADD", "MUL") and topology.is_leaf(node.src[1]):
-                v = weights.vector(topology.node(node.src[1]).name)
-                if after:
-                    posts.append(_sliced(node.op, v))
-                else:
-                    before.append(("weight", _times(v)) if node.op == "MUL" else ("bias", _plus(v)))
-                source = node.src[0]
-            elif node.op in ("SCALE", "TANH", "RMS_NORM", "NORM"):
-                step = _function(node.op, node.param_f32(0), node.param_f32(1))
-                if after:
-                    posts.append(lambda x, a, b, step=step: step(x))  # type: ignore[misc]
-                    if node.op == "TANH":
-                        self._caps.append(posts[-1])
-                else:
-                    before.append(("norm" if "NORM" in node.op else "scale", step))
-                source = node.src[0]
-            elif node.op in ("RESHAPE", "VIEW", "CONT", "GET_ROWS"):
-                source = node.src[0]
-            else:
-                raise ModelError(
-                    f"the lens does not know {node.op} at the end of {model.architecture}"
-                )
-            if topology.is_leaf(source):
-                raise ModelError(
-                    f"the logits of {model.architecture} do not come from its last block alone"
-                )
-            node = topology.node(source)
-        self._before, self._after = before[::-1], posts[::-1]
-
-    def _check(self, model: Model) -> None:
-        """The lens at the last layer must give the model's own logits."""
-        tokens = [t % model.n_vocab for t in (7, 11, 13, 17)]
-        last = Site("resid_post", model.n_layer - 1)
-        out = model.run([Request(tokens, captures=[Capture(last)], logits="all")])[0]
-        assert out.logits is not None
-        ours, theirs = self.logits(out.captures[last]), out.logits
-        # llama.cpp rounds the activations to 8 bits where the unembedding is quantized
-        error = float(np.abs(ours - theirs).max() / np.maximum(np.ptp(theirs), 1e-6))
-        if not error < 0.02:
-            raise ModelError(
-                f"the lens at the last layer of {model.name} differs from the model's own logits "
-                f"by {error:.1%} of their range; refusing to show wrong numbers"
-            )
+        best_ids, logits = best.sorted()
+        return Readout(best_ids, logits, np.exp(logits - lse[:, None]), lse, token_logits)
 
 
-class _TopK:
-    """The k largest of rows that come in blocks of columns."""
-
-    def __init__(self, n: int, k: int):
-        self.n, self.k = n, k
-        self.values = np.full((n, k), -np.inf, np.float32)
-        self.ids = np.zeros((n, k), np.intp)
-        self.least = np.full(n, -np.inf, np.float32)
-
-    def add(self, start: int, block: Array, high: Array) -> None:
-        """`high` (n,): the block's largest value in each row; few rows have something new."""
-        rows = np.flatnonzero(high > self.least)
-        if not len(rows):
-            return
-        part = block if len(rows) == self.n else block[rows]
-        if np.isneginf(self.least[rows[0]]):
-            # a few columns give a threshold that most of the others stay below
-            seed = max(self.k, 512)
-            first = part[:, :seed]
-            keep = min(self.k, first.shape[1])
-            cols = np.argpartition(first, -keep, axis=1)[:, -keep:]
-            self._merge(rows, np.take_along_axis(first, cols, 1), cols + start)
-            part, start = part[:, seed:], start + seed
-        r, c = np.nonzero(part > self.least[rows, None])
-        if not len(r):
-            return
-        counts = np.bincount(r, minlength=len(rows))
-        slot = np.arange(len(r)) - np.repeat(np.cumsum(counts) - counts, counts)
-        values = np.full((len(rows), counts.max()), -np.inf, np.float32)
-        ids = np.zeros(values.shape, np.intp)
-        values[r, slot], ids[r, slot] = part[r, c], c + start
-        self._merge(rows, values, ids)
-
-    def _merge(self, rows: IntArray, values: Array, ids: IntArray) -> None:
-        values = np.concatenate([self.values[rows], values], 1)
-        ids = np.concatenate([self.ids[rows], ids], 1)
-        keep = np.argpartition(values, -self.k, axis=1)[:, -self.k :]
-        self.values[rows] = np.take_along_axis(values, keep, 1)
-        self.ids[rows] = np.take_along_axis(ids, keep, 1)
-        self.least[rows] = self.values[rows].min(1)
-
-    def sorted(self) -> tuple[IntArray, Array]:
-        order = np.argsort(-self.values, axis=1, kind="stable")
-        return np.take_along_axis(self.ids, order, 1), np.take_along_axis(self.values, order, 1)
-
-
-def _times(v: Array) -> Step:
-    return lambda x: x * v
-
-
-def _plus(v: Array) -> Step:
-    return lambda x: x + v
-
-
-def _sliced(op: str, v: Array) -> Callable[[Array, int, int], Array]:
-    if op == "ADD":
-        return lambda x, a, b: x + v[a:b]
-    return lambda x, a, b: x * v[a:b]
-
-
-def _function(op: str, p0: float, p1: float) -> Step:
-    if op == "SCALE":
-        return lambda x: x * np.float32(p0) + np.float32(p1)
-    if op == "TANH":
-        return lambda x: np.tanh(x)
-    return Norm(p0, centred=op == "NORM")
+def _through(steps: Sequence[ByColumn], x: AnyFloats) -> AnyFloats:
+    for step in steps:
+        x = step(x)
+    return x

@@ -1,1 +1,79 @@
-"""llama.cpp, reached through ctypes: the only room that knows what its memory looks like."""
+"""llama.cpp, reached through ctypes: the one package that knows what its memory looks like.
+
+The other packages import from here, and light things by their module's name
+(`mia.llama.gguf_file`, `.gguf_write`, `.weights`, `.probe`). The names below are loaded at
+first use, so that a look at a file's header takes neither ctypes nor numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mia.llama.context import CACHE_TYPES, Context, ContextParams
+    from mia.llama.convert import FILE_TYPES, convert_file
+    from mia.llama.gguf_tensors import (
+        FileTensor,
+        dequantize,
+        file_strings,
+        file_tensors,
+        type_bytes,
+    )
+    from mia.llama.library import library_info
+    from mia.llama.model import LlamaModel
+    from mia.llama.sampler import Sampler
+    from mia.llama.tensors import Node, describe, host_array, read_array, rows_of
+    from mia.llama.tracer import Tracer
+
+#: name -> its module
+_MODULES = {
+    "CACHE_TYPES": "context",
+    "FILE_TYPES": "convert",
+    "Context": "context",
+    "ContextParams": "context",
+    "FileTensor": "gguf_tensors",
+    "LlamaModel": "model",
+    "Node": "tensors",
+    "Sampler": "sampler",
+    "Tracer": "tracer",
+    "convert_file": "convert",
+    "dequantize": "gguf_tensors",
+    "describe": "tensors",
+    "file_strings": "gguf_tensors",
+    "file_tensors": "gguf_tensors",
+    "host_array": "tensors",
+    "library_info": "library",
+    "read_array": "tensors",
+    "rows_of": "tensors",
+    "type_bytes": "gguf_tensors",
+}
+__all__ = [
+    "CACHE_TYPES",
+    "FILE_TYPES",
+    "Context",
+    "ContextParams",
+    "FileTensor",
+    "LlamaModel",
+    "Node",
+    "Sampler",
+    "Tracer",
+    "convert_file",
+    "dequantize",
+    "describe",
+    "file_strings",
+    "file_tensors",
+    "host_array",
+    "library_info",
+    "read_array",
+    "rows_of",
+    "type_bytes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

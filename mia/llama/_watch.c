@@ -1,6 +1,6 @@
-/* llama.cpp's scheduler asks before every node of every graph whether somebody wants to see it:
- * a thousand times per token. This answers where the graph is the expected one, and hands over to
- * Python for the rest. It is optional: without it Python answers everything (mia/_ggml.py). */
+/* llama.cpp's scheduler asks before every node of every graph whether somebody wants to see it,
+ * a thousand times per token. This answers if the graph is the expected one, and calls Python for
+ * the rest. It is optional: without it Python answers everything (tracer.py). */
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -15,9 +15,9 @@ enum answer { NO = 0, YES = 1, ASK_PYTHON = 2 };
 
 struct watch {
     int64_t index;         /* the node that is asked about next */
-    int64_t n;             /* nodes expected; 0 where Python is to answer everything */
+    int64_t n;             /* nodes expected; 0 if Python is to answer everything */
     void *const *addrs;    /* the nodes, in order */
-    const uint8_t *wanted; /* for each an enum answer */
+    const uint8_t *requested; /* for each an enum answer */
     bool (*python)(void *node, bool ask, void *unused);
 };
 
@@ -26,14 +26,14 @@ EXPORT bool mia_watch(void *node, bool ask, void *user_data)
     struct watch *w = user_data;
     int64_t i = w->index;
 
-    if (ask && i < w->n && w->addrs[i] == node && w->wanted[i] != ASK_PYTHON) {
+    if (ask && i < w->n && w->addrs[i] == node && w->requested[i] != ASK_PYTHON) {
         w->index = i + 1;
-        return w->wanted[i] == YES;
+        return w->requested[i] == YES;
     }
     return w->python(node, ask, 0);
 }
 
-/* what Python's side of the struct is held against: the file may have been built before it changed */
+/* Python compares this with its own struct: the file may have been built before it changed */
 EXPORT const int64_t mia_watch_size = sizeof(struct watch);
 
 /* setuptools builds this as an extension, whose entry MSVC's linker wants to see; it is loaded

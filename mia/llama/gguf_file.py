@@ -1,6 +1,6 @@
 """GGUF files seen from outside: is it one, is it whole, which parts does it have.
 
-Plain Python and a memory map, so that it can be asked before llama.cpp is loaded.
+Plain Python and a memory map: this needs neither llama.cpp nor numpy.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _BLOCKS = {
 
 
 def check_gguf(path: str | os.PathLike[str]) -> None:
-    """See that a GGUF file, or each part of a split one, is as long as its tensor table says.
+    """Checks that a GGUF file, or each part of a split one, is as long as its tensor table says.
 
-    Only the header is read: milliseconds. llama.cpp itself crashes or speaks in
-    riddles when a file is cut short.
+    Only the header is read, which takes milliseconds. llama.cpp itself crashes on a file that
+    is cut short, or gives an error that does not say so.
 
     Raises:
         ModelError: missing, unreadable, empty, not GGUF, of another version, cut
@@ -86,7 +86,7 @@ def _check_part(path: Path) -> None:
 
 
 def _needed_bytes(data: mmap.mmap) -> int:
-    """How long the file has to be to hold its last tensor; ValueError where it makes no sense."""
+    """How long the file must be to hold its last tensor. Raises ValueError if it makes no sense."""
     u32 = struct.Struct("<I").unpack_from
     version, n_tensors, n_values = struct.unpack_from("<IQQ", data, 4)
     if version not in (2, 3):

@@ -45,7 +45,7 @@ def write_gguf(
 ) -> None:
     """Writes a whole file or none. Arrays are stored as float32.
 
-    Integers are written as uint32 where they fit, else as int32 or 64 bits wide.
+    Integers are written as uint32 if they fit, else as int32 or 64 bits wide.
 
     Raises:
         FileError: the file cannot be written.

@@ -2,11 +2,12 @@
 
 Some builds of llama.cpp crash at the first decode on a processor with AMX: GCC 12 drops half
 of the tile configuration as dead stores unless told `-fno-tree-dse -fno-dse` (llama.cpp issue
-20824). A crash cannot be caught, so where the library reports AMX a child process decodes a
-tiny random model first, with the extra buffers and without, and compares. The verdict is kept
-per build of the library in `$XDG_CACHE_HOME/mia/probe.json`. Without AMX nothing of this runs.
+20824). A crash cannot be caught, so if the library reports AMX a child process decodes a tiny
+random model first, with the extra buffers and without, and compares. The verdict is kept
+per build of the library in `probe.json` of `mia.io.files.cache_folder`. Without AMX nothing of this
+runs.
 
-`MIA_EXTRA_BUFTS=1` or `0` decides by hand. `python -m mia._probe` is the child.
+`MIA_EXTRA_BUFTS=1` or `0` decides by hand. `python -m mia.llama.probe` is the child.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ import platform
 import signal
 import struct
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mia.errors import UsageError
+from mia.errors import FileError, UsageError
+from mia.io.files import cache_folder, write_json
 
 _SECONDS = 60.0
-_WRONG = 3  # the child's exit status where the numbers are wrong
+_WRONG = 3  # the child's exit status if the numbers are wrong
 _TOLERANCE = 0.1  # |with - without| / |without|; both round activations to 8 bits, alike
 _REBUILD = (
     "CMAKE_ARGS=\"-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'\" pip install --force-reinstall "
@@ -42,10 +45,10 @@ def extra_buffers_safe() -> bool:
     """
     wish = os.environ.get("MIA_EXTRA_BUFTS", "")
     if wish not in ("", "0", "1"):
-        raise UsageError(f"MIA_EXTRA_BUFTS is {wish!r}; 0 (without AMX) and 1 (with it) are known")
+        raise UsageError(f"MIA_EXTRA_BUFTS must be 0 (without AMX) or 1 (with AMX), got {wish!r}")
     if wish:
         return wish == "1"
-    from mia.llama.ggml import library_info
+    from mia.llama.library import library_info
 
     return "AMX_INT8 = 1" not in library_info()["features"] or _verdict()
 
@@ -53,7 +56,7 @@ def extra_buffers_safe() -> bool:
 @cache
 def _verdict() -> bool:
     """The remembered verdict on this build, or the child's, which it remembers."""
-    from mia.llama.ggml import library_info
+    from mia.llama.library import library_info
 
     key, known = _build_key(), _read_verdicts()
     if key in known:
@@ -114,30 +117,25 @@ def _command(folder: str) -> list[str]:
 
 
 def _verdict_file() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if home else Path.home() / ".cache") / "mia" / "probe.json"
+    return cache_folder() / "probe.json"
 
 
 def _read_verdicts() -> dict[str, bool]:
     try:
-        found = json.loads(_verdict_file().read_text())
+        verdicts = json.loads(_verdict_file().read_text())
     except (OSError, ValueError, RuntimeError):  # RuntimeError: no home
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(verdicts, dict):
         return {}
-    return {str(k): v for k, v in found.items() if isinstance(v, bool)}
+    return {str(k): v for k, v in verdicts.items() if isinstance(v, bool)}
 
 
 def _write_verdicts(verdicts: dict[str, bool]) -> None:
-    """Writes beside, then renames. Where nothing can be written, nothing is remembered."""
-    try:
+    """If nothing can be written, nothing is remembered."""
+    with suppress(OSError, RuntimeError, FileError):
         file = _verdict_file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(f".{os.getpid()}.tmp")
-        beside.write_text(json.dumps(verdicts, indent=1) + "\n")
-        beside.replace(file)
-    except (OSError, RuntimeError):
-        pass
+        write_json(file, verdicts)
 
 
 def _build_key() -> str:
@@ -164,7 +162,7 @@ def _processor() -> str:
 
 
 def main(folder: str) -> int:
-    """Decodes with and without extra buffers: 0 where they agree, 3 where not, or no return."""
+    """Decodes with and without extra buffers: 0 if they agree, 3 if not, or no return."""
     if sys.platform != "win32":
         import resource
 
@@ -178,7 +176,8 @@ def main(folder: str) -> int:
 
 def _logits(path: Path, *, extra_bufts: bool) -> np.ndarray[Any, np.dtype[np.float32]]:
     """A prompt in one batch, then one token: other kernels. (n_tokens, n_vocab)"""
-    from mia.llama.ggml import Context, ContextParams, LlamaModel
+    from mia.llama.context import Context, ContextParams
+    from mia.llama.model import LlamaModel
 
     model = LlamaModel(path, extra_bufts=extra_bufts)
     context = Context(

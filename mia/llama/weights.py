@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mia.arrays import Array
 from mia.errors import ModelError
-from mia.llama.ggml import FileTensor, dequantize, file_tensors, type_bytes
 from mia.llama.gguf_file import split_parts
-
-Array = npt.NDArray[np.float32]
+from mia.llama.gguf_tensors import FileTensor, dequantize, file_tensors, type_bytes
 
 
 class Weights:
@@ -37,7 +36,7 @@ class Weights:
         return list(self._where)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Numpy's order: a matrix is (n_out, n_in). Raises `ModelError` where there is none."""
+        """Numpy's order: a matrix is (n_out, n_in). Raises `ModelError` if there is none."""
         ne = list(self._find(name)[1].ne)
         while len(ne) > 1 and ne[-1] == 1:
             ne.pop()
@@ -60,8 +59,7 @@ class Weights:
         return dequantize(source.ctypes.data, tensor.type, stop - start, n_in)
 
     def _mapped(self, path: Path) -> npt.NDArray[np.uint8]:
-        """A part's bytes, mapped once: a file that is replaced meanwhile stays the old one here,
-        and is the new one for who opens it anew."""
+        """A part's bytes, mapped once: if the file is replaced later, these stay the old ones."""
         if path not in self._maps:
             self._maps[path] = np.asarray(np.memmap(path, np.uint8, mode="r"))
         return self._maps[path]

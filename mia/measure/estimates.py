@@ -48,9 +48,19 @@ def bootstrap(values: npt.ArrayLike, rng: np.random.Generator, *, n: int = 2000)
     """The mean of values (n_items,) with its 95 % interval by bootstrap over items. For a
     difference of two conditions on the same items give the differences."""
     x = np.asarray(values, np.float64)
-    means = x[rng.integers(0, len(x), (n, len(x)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    low, high = bootstrap_interval(x, rng, n=n)
     return Estimate(float(x.mean()), float(low), float(high), len(x))
+
+
+def bootstrap_interval(
+    values: npt.NDArray[np.floating[Any]], rng: np.random.Generator, *, n: int
+) -> npt.NDArray[np.floating[Any]]:
+    """The ends (2, ...) of the 95 % interval of the mean of values (..., n_items) over items, the
+    same n draws of items for each row."""
+    n_items = values.shape[-1]
+    means = values[..., rng.integers(0, n_items, (n, n_items))].mean(-1)
+    ends: npt.NDArray[np.floating[Any]] = np.percentile(means, [2.5, 97.5], axis=-1)
+    return ends
 
 
 # -- shares ----------------------------------------------------------------------------
@@ -61,8 +71,8 @@ class Accuracy:
     """`correct` right answers of n, with Wilson's interval.
 
     Attributes:
-        distinct: how many different queries the n are, where some were asked several times. The
-            interval is that of so many: to ask again says little new.
+        distinct: number of different queries, if some were asked several times. The interval uses
+            this count, because repeated queries are not independent.
     """
 
     correct: int
@@ -71,7 +81,7 @@ class Accuracy:
 
     def __post_init__(self) -> None:
         if not 0 <= self.correct <= self.n or self.n < 1:
-            raise RangeError(f"{self.correct} of {self.n} is no share")
+            raise RangeError(f"correct must be between 0 and n, got {self.correct} of {self.n}")
 
     @property
     def value(self) -> float:
@@ -103,7 +113,7 @@ def accuracy(correct: Sequence[bool] | npt.NDArray[np.bool_]) -> Accuracy:
 
 
 def pooled(parts: Sequence[Accuracy], distinct: int) -> Accuracy:
-    """Several as one, over so many different queries."""
+    """Several as one, over this many different queries."""
     correct, n = sum(a.correct for a in parts), sum(a.n for a in parts)
     return Accuracy(correct, n, None if distinct == n else distinct)
 

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
+from mia.arrays import Array, IntArray
+
 Floats = npt.NDArray[np.floating[Any]]
 
 
-def log_probs(
-    logits: Array, targets: Sequence[int] | npt.NDArray[np.intp], dtype: type = np.float64
-) -> Floats:
+def log_probs(logits: Array, targets: Sequence[int] | IntArray, dtype: type = np.float64) -> Floats:
     """Natural log-probability of one target for each row of logits (n, n_vocab): (n,).
 
     Args:
@@ -46,7 +45,7 @@ class AnswerLogProb:
 class TokenLoss:
     """A metric: the negative log-probability of each target, (n,) float32, in nats."""
 
-    def __init__(self, targets: Sequence[int] | npt.NDArray[np.intp]):
+    def __init__(self, targets: Sequence[int] | IntArray):
         self.targets = targets
 
     def __call__(self, logits: Array) -> Array:
@@ -56,7 +55,7 @@ class TokenLoss:
 class MeanLoss:
     """A metric: the mean negative log-probability of the targets, in nats per token."""
 
-    def __init__(self, targets: Sequence[int] | npt.NDArray[np.intp], dtype: type = np.float64):
+    def __init__(self, targets: Sequence[int] | IntArray, dtype: type = np.float64):
         self.targets, self.dtype = targets, dtype
 
     def __call__(self, logits: Array) -> float:

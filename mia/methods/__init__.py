@@ -1,0 +1,33 @@
+"""The methods: one module each, with the experiment that its command runs.
+
+| module                 | source                                     | functions                                  |
+|------------------------|--------------------------------------------|--------------------------------------------|
+| `overview`             | -                                          | `tokens`, `sites`, `graph`                 |
+| `demo`                 | Hendel et al. 2023                         | `demo`                                     |
+| `logit_lens`           | nostalgebraist 2020                        | `logit_lens`                               |
+| `attention`            | Vaswani et al. 2017; Kobayashi et al. 2020 | `attention`                                |
+| `heads`                | Elhage et al. 2021; Olsson et al. 2022     | `heads`                                    |
+| `patching`             | Meng et al. 2022; Wang et al. 2022         | `patches`                                  |
+| `ablation`             | Olsson et al. 2022; Wang et al. 2022       | `ablate`, `head_sweep`                     |
+| `head_ablation`        | Olsson et al. 2022; Wang et al. 2022       | `head_edits`                               |
+| `knockout`             | Geva et al. 2023                           | `block_edits`                              |
+| `attribution`          | Elhage et al. 2021; Wang et al. 2022       | `attribute`                                |
+| `changes`              | -                                          | `Changes`                                  |
+| `contrast`             | Marks & Tegmark 2023; Zou et al. 2023      | `learn`, `train`                           |
+| `steer`                | see `mia.steering`                         | `steer`, `explain`                         |
+| `steering`             | see `mia.steering`                         | `mean_kl`, `choose_coefficient`            |
+| `listed_words`         | -                                          | `listed_words`                             |
+| `actadd`               | Turner et al. 2023                         | `add`, `compare`                           |
+| `caa`                  | Rimsky et al. 2023                         | `learn`                                    |
+| `caa_evaluation`       | Rimsky et al. 2023                         | `evaluate`                                 |
+| `iti`                  | Li et al. 2023                             | `learn`                                    |
+| `iti_evaluation`       | Li et al. 2023                             | `evaluate`                                 |
+| `perplexity`           | -                                          | `measure`                                  |
+| `perplexity_sweep`     | Turner et al. 2023                         | `sweep`                                    |
+| `tasks`                | -                                          | `overview`, `pairs`, `prompt`              |
+| `icl`                  | -                                          | `experiment`                               |
+| `task_vectors`         | Hendel et al. 2023                         | `train_many`, `evaluate_tasks`, `conflict` |
+| `function_vectors`     | Todd et al. 2023                           | `train_many`, `evaluate_tasks`             |
+| `function_composition` | Todd et al. 2023, section 3.3              | `compose_tasks`                            |
+| `soft_vectors`         | Hojel et al. 2024; Soft Injection 2025     | `train`, `evaluate_task`                   |
+"""

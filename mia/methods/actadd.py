@@ -1,5 +1,7 @@
 """Activation addition: Turner et al. 2023 (arXiv 2308.10248), algorithm 1.
 
+    print(add(Model("smollm2"), "I hate you because", [Addition("Love", "Hate", 3, layer=6)]))
+
 | paper      | here                                                            |
 |------------|-----------------------------------------------------------------|
 | p+, p-     | `Addition.plus`, `.minus`, padded by spaces to equal length      |
@@ -9,29 +11,33 @@
 | h_A        | `difference`, (n_tokens, n_embd)                                 |
 | a = 1      | front-aligned: row i is added at token i of the prompt           |
 
-Where we deviate: a BOS stands in front of all three texts only where the model asks for
-one or `bos` is true (GPT-2 in the paper always has it; its row of h_A is zero either
-way); an addition longer than the prompt is refused, as the authors' code does.
+Where we deviate: both texts start with a BOS only if the prompt has one (GPT-2 in
+the paper always has it; its row of h_A is zero either way); an addition longer than the
+prompt is refused, as the authors' code does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
+from mia.arrays import Array
 from mia.edits import Edit
 from mia.errors import RangeError, UsageError
+from mia.generation import Generation, Token
+from mia.methods.patching import warn_of_first_tokens
+from mia.progress import Progress, step
+from mia.ranges import Ranges, indices
 from mia.request import Capture, Request, Sampling
+from mia.show.report import Report
 from mia.sites import Site
 
 if TYPE_CHECKING:
-    from mia.model import Model
+    from rich.console import RenderableType
 
-Array = npt.NDArray[np.float32]
+    from mia.io.provenance import ModelFacts
+    from mia.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +50,10 @@ class Addition:
     layer: int = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The same seed with and without."""
-
-    seed: int
-    plain: str
-    steered: str
-
-
 def padded(model: Model, plus: str, minus: str, *, bos: bool | None = None) -> list[list[int]]:
     """Token ids of both, the shorter with space tokens on its right.
 
-    Raises `UsageError` where both are empty, or the vocabulary has no token for a space."""
+    Raises `UsageError` if both are empty, or the vocabulary has no token for a space."""
     if not plus and not minus:
         raise UsageError("plus and minus are both empty")
     # the space inside a text: alone, SentencePiece puts a second one in front of it
@@ -113,7 +110,165 @@ def front_edit(h: Array, coeff: float, layer: int, n_prompt: int) -> Edit:
     return Edit(Site("resid_pre", layer), "add", h, tokens=range(len(h)), coeff=coeff)
 
 
+# -- experiments ---------------------------------------------------------------------
+
+
+def additions(
+    model: Model,
+    plus: Sequence[str],
+    minus: Sequence[str] = (),
+    *,
+    coeffs: Sequence[float] = (1.0,),
+    layers: Ranges = "6",
+) -> list[Addition]:
+    """One addition per text of `plus`.
+
+    Args:
+        minus: what each is contrasted with; a space by default.
+        coeffs: one for all, or one each.
+        layers: one for all, or one each (`mia.ranges`).
+
+    Raises:
+        UsageError: numbers of texts, coefficients and layers that do not go together.
+        RangeError: a layer out of range.
+    """
+    n = len(plus)
+    minus = list(minus) or [" "] * n
+    numbers = indices(layers, model.n_layer, "layers", kind="layer")
+    if len(minus) != n:
+        raise UsageError(f"got {_texts(n, 'plus')} but {_texts(len(minus), 'minus')}")
+    for what, values in (("coefficients", coeffs), ("layers", numbers)):
+        if len(values) not in (1, n):
+            raise UsageError(f"got {_texts(n, 'plus')} but {len(values)} {what}")
+    coeffs = list(coeffs) * (n if len(coeffs) == 1 else 1)
+    numbers *= n if len(numbers) == 1 else 1
+    return [Addition(*a) for a in zip(plus, minus, coeffs, numbers, strict=True)]
+
+
+def _texts(n: int, what: str) -> str:
+    return f"{n} {what} text{'' if n == 1 else 's'}"
+
+
+def add(
+    model: Model,
+    prompt: str | Sequence[int],
+    changes: Sequence[Addition],
+    *,
+    n_predict: int = 32,
+    sampling: Sampling | None = None,
+    baseline: bool = True,
+) -> Generation:
+    """Continues a prompt with additions at its first tokens; the document has the tokens of both
+    texts of each. Raises `UsageError` or `RangeError`."""
+    ids = model.ids(prompt)
+    added, about = _added(model, ids, changes)
+    generation = model.generate(ids, n_predict, edits=added, sampling=sampling, baseline=baseline)
+    return replace(generation, about={"additions": about})
+
+
+def _added(
+    model: Model, ids: Sequence[int], changes: Sequence[Addition]
+) -> tuple[list[Edit], list[dict[str, Any]]]:
+    """The edits, and what a document says of them."""
+    bos = model.has_bos(ids)  # the contrast gets a BOS if the prompt has one
+    added = edits(model, changes, len(ids), bos=bos)
+    warn_of_first_tokens(model, ids, added)
+    about = []
+    for a in changes:
+        plus, minus = padded(model, a.plus, a.minus, bos=bos)
+        tokens = {
+            "plus_tokens": [t.document() for t in model.token_rows(plus)],
+            "minus_tokens": [t.document() for t in model.token_rows(minus)],
+        }
+        about.append(
+            {"plus": a.plus, "minus": a.minus, "coeff": a.coeff, "layer": a.layer, **tokens}
+        )
+    return added, about
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePair:
+    """Texts of one seed, unsteered and steered."""
+
+    seed: int
+    baseline: str
+    output: str
+
+    def document(self) -> dict[str, Any]:
+        return {"seed": self.seed, "baseline": self.baseline, "output": self.output}
+
+
+@dataclass(frozen=True, eq=False)
+class AdditionSamples(Report):
+    """Samples with and without additions, beside each other.
+
+    Attributes:
+        additions: what was added, as the document has it.
+    """
+
+    facts: ModelFacts
+    tokens: Sequence[Token]
+    additions: list[dict[str, Any]]
+    samples: list[SamplePair]
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "model": self.facts.document(),
+            "tokens": [t.document() for t in self.tokens],
+            "additions": self.additions,
+            "samples": self.rows(),
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [s.document() for s in self.samples]
+
+    def plain(self) -> str:
+        return "\n".join(
+            f"{s.seed} unsteered: {s.baseline!r}\n{s.seed} steered:   {s.output!r}"
+            for s in self.samples
+        )
+
+    def table(self, width: int) -> RenderableType:
+        from rich.table import Table
+
+        table = Table("seed", "unsteered", "steered", show_lines=True)
+        for s in self.samples:
+            table.add_row(str(s.seed), s.baseline, s.output)
+        return table
+
+
 def compare(
+    model: Model,
+    prompt: str | Sequence[int],
+    changes: Sequence[Addition],
+    *,
+    n: int,
+    n_predict: int = 32,
+    sampling: Sampling | None = None,
+) -> AdditionSamples:
+    """n samples with and without additions, with seeds that follow `sampling.seed`.
+
+    Args:
+        sampling: temperature 1 by default.
+
+    Raises:
+        UsageError: samples that would all be the same.
+    """
+    sampling = sampling or Sampling(temperature=1.0)
+    if sampling.temperature == 0:
+        raise UsageError(
+            "samples at temperature 0 are all the same; give a temperature (1 is the model's own)"
+        )
+    ids = model.ids(prompt)
+    added, about = _added(model, ids, changes)
+    with step("sampling") as bar:
+        samples = sample_pairs(
+            model, ids, added, n=n, n_predict=n_predict, sampling=sampling, progress=bar
+        )
+    return AdditionSamples(model.facts, model.token_rows(ids), about, samples)
+
+
+def sample_pairs(
     model: Model,
     prompt: Sequence[int],
     changes: Sequence[Edit],
@@ -121,17 +276,17 @@ def compare(
     n: int,
     n_predict: int,
     sampling: Sampling,
-) -> list[Sample]:
-    """n samples with and without the changes, of seeds that follow one another."""
-    from dataclasses import replace
-
+    progress: Progress | None = None,
+) -> list[SamplePair]:
+    """n samples with and without the changes, with seeds that follow one another."""
     seeds = [sampling.seed + i for i in range(n)]
     results = model.run(
         [
             Request(prompt, e, logits=None, n_predict=n_predict, sampling=replace(sampling, seed=s))
             for s in seeds
             for e in ((), changes)
-        ]
+        ],
+        progress=progress,
     )
     texts = [model.text(r.tokens) for r in results]
-    return [Sample(s, texts[2 * i], texts[2 * i + 1]) for i, s in enumerate(seeds)]
+    return [SamplePair(s, texts[2 * i], texts[2 * i + 1]) for i, s in enumerate(seeds)]

@@ -1,4 +1,4 @@
-"""Attention maps: what each head of each layer looks at.
+"""Attention maps: what each head of each layer attends to.
 
 Source: Vaswani et al. 2017 (arXiv 1706.03762), eq. 1; the per-head reading is Elhage et
 al. 2021, "A Mathematical Framework for Transformer Circuits". Weighting by the norm of
@@ -11,33 +11,42 @@ the value is Kobayashi et al. 2020 (arXiv 2004.10102), "Attention is Not Only a 
 | v_j^h                        | `v`, (n_head_kv, head_dim) per token                     |
 | alpha_ij ||f(x_j)||          | `value_weighted`: A_ij^h times the norm of v_j^h         |
 
-Where we deviate: Kobayashi et al. take the norm after W_O, of what a head would write; we take
-it of the value itself, which W_O has not turned yet (`attribution` has what heads write).
+Deviation: Kobayashi et al. take the norm after W_O, of what a head would write. Here it is the
+norm of the value itself, before W_O (`attribution` has what heads write).
 
-With grouped queries head h reads key and value head h // (n_head / n_head_kv).
+With grouped queries, head h reads key and value head h // (n_head / n_head_kv).
 
-Patterns exist only where attention is not fused: a run that reads them has flash
-attention off, other runs have it on wherever the cache allows.
+Flash attention makes no patterns: a run that reads them has it off, other runs have it on where
+the type of the cache allows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mia.edits import Edit
+from mia.arrays import Array
+from mia.edits import Edit, resolve_tokens
 from mia.errors import UsageError
-from mia.request import Capture, Request, Result
+from mia.ranges import Head, Heads, Ranges, parse_heads, parse_layers
+from mia.request import Capture, Request, Result, one_or_more
+from mia.show.report import Report
+from mia.show.text import rounded, visible
 from mia.sites import Site
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from mia.generation import Token
+    from mia.io.provenance import ModelFacts
     from mia.model import Model
 
-Array = npt.NDArray[np.float32]
+#: more maps than this are not shown or drawn one by one
+_LARGE = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +55,10 @@ class AttentionMaps:
 
     Attributes:
         tokens: the prompt's token ids.
-        layers: which layers, in order.
+        layers: those of the maps, in order.
         weights: (len(layers), n_head, n_query, n_key); a query's weights sum to 1, keys are
-            by position. With `value_weighted` each is times the norm of the value it moves,
-            and rows no longer sum to 1.
-        value_weighted: which of the two.
+            by position. With `value_weighted` each weight is multiplied by the norm of the value
+            that it moves, and rows no longer sum to 1.
     """
 
     tokens: list[int]
@@ -74,13 +82,14 @@ def attention_maps(
     tokens: Sequence[int],
     *,
     layers: Sequence[int] | None = None,
-    edits: Sequence[Edit] = (),
+    edits: Edit | Sequence[Edit] = (),
     value_weighted: bool = False,
 ) -> AttentionMaps:
-    """Runs a prompt and reads where every head looks.
+    """Runs a prompt and reads the attention of every head.
 
     Args:
-        layers: which; all by default.
+        tokens: the prompt's token ids.
+        layers: all by default.
         edits: changes while it runs.
         value_weighted: multiply each weight by the norm of the value that it moves.
     """
@@ -94,14 +103,14 @@ def maps_request(
     tokens: Sequence[int],
     *,
     layers: Sequence[int] | None = None,
-    edits: Sequence[Edit] = (),
+    edits: Edit | Sequence[Edit] = (),
     values: bool = False,
 ) -> Request:
     """The request behind `attention_maps`, to be run together with others."""
-    wanted = range(model.n_layer) if layers is None else layers
     names = ("attn_pattern", "v") if values else ("attn_pattern",)
-    sites = [Site(name, i) for i in wanted for name in names]
-    return Request(list(tokens), list(edits), [Capture(sites)], logits=None)
+    numbers = range(model.n_layer) if layers is None else layers
+    sites = [Site(name, i) for i in numbers for name in names]
+    return Request(list(tokens), one_or_more(edits, Edit), [Capture(sites)], logits=None)
 
 
 def maps_of(
@@ -125,3 +134,202 @@ def value_norms(v: Array, n_head_kv: int, n_head: int) -> Array:
     """||v_j^h|| for each head h and key j: (n_head, n_key), from rows (n_key, n_head_kv × head_dim)."""
     norms = np.linalg.norm(v.reshape(len(v), n_head_kv, -1), axis=-1).T  # (n_head_kv, n_key)
     return np.repeat(norms, n_head // n_head_kv, axis=0).astype(np.float32)
+
+
+# -- the experiment --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Attention(Report):
+    """The attention of heads over one prompt; `report[layer, head]` is a map (n_query, n_key).
+
+    Attributes:
+        maps: of all heads of the layers.
+        heads: the columns of the smallest grid that has the chosen heads.
+        chosen: the heads that were asked for; None for all of the layers.
+        query: the token whose `k` strongest keys the text lists.
+        tokenizer_sha256: for the metadata of a file.
+    """
+
+    facts: ModelFacts
+    tokens: Sequence[Token]
+    maps: AttentionMaps
+    heads: list[int]
+    chosen: list[Head] | None
+    query: int
+    k: int
+    tokenizer_sha256: str
+
+    @property
+    def layers(self) -> list[int]:
+        return self.maps.layers
+
+    @property
+    def weights(self) -> Array:
+        """(len(layers), len(heads), n_query, n_key)."""
+        return self.maps.weights[:, self.heads]
+
+    def __getitem__(self, head: tuple[int, int]) -> Array:
+        return self.maps[head]
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "model": self.facts.document(),
+            "tokens": [t.document() for t in self.tokens],
+            "value_weighted": self.maps.value_weighted,
+            "layers": self.layers,
+            "heads": self.heads,
+            "weights": rounded(self.weights),
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A record for each head, query and key that the query sees."""
+        return [
+            {"layer": i, "head": h, "query": q, "key": k, "weight": weight}
+            for i, h in self._listed()
+            for q, row in enumerate(self.maps[i, h].tolist())
+            for k, weight in enumerate(row[: q + 1])
+        ]
+
+    def plain(self) -> str:
+        """The strongest keys of one query, a line for each head."""
+        lines = [f"query {self.query}: {visible(self.tokens[self.query].text)}"]
+        for head in self._listed():
+            row = self.maps[head][self.query]
+            strongest = [key for key in row.argsort()[::-1][: self.k] if row[key] > 0]
+            keys = (f"{key}:{visible(self.tokens[key].text)} {row[key]:.2f}" for key in strongest)
+            lines.append(f"{head}: {'|'.join(keys)}")
+        return "\n".join(lines)
+
+    def table(self, width: int) -> RenderableType:
+        """The whole maps of up to a dozen chosen heads; of more the strongest keys."""
+        from rich.console import Group
+        from rich.text import Text
+
+        from mia.show import grid
+
+        if self.chosen is None or len(self.chosen) > _LARGE:
+            return super().table(width)
+        if not grid.map_fits(len(self.tokens), width):
+            wide = f"a map of {len(self.tokens)} tokens is wider than this terminal; a picture shows it"
+            return Group(Text(wide, style="dim"), super().table(width))
+        parts = []
+        for head in self.chosen:
+            a = self.maps[head]
+            title = f"layer {head.layer} · head {head.head} (most: {a.max():.3g})"
+            parts += [Text(title, style="bold"), grid.attention_map(a, self._pieces())]
+        return Group(*parts)
+
+    def plot(self, path: str | Path) -> None:
+        """Draws all maps, layers down, heads across; up to a dozen chosen heads large. An .html
+        is a page to hover and click."""
+        from mia.show import plots
+
+        title = f"{self.facts.name} · attention over {len(self.tokens)} tokens"
+        bar = "weight × norm of the value" if self.maps.value_weighted else "attention weight"
+        if Path(path).suffix.lower() == ".html":
+            self._write_page(path, title, bar)
+        elif self.chosen is not None and len(self.chosen) <= _LARGE:
+            names = [f"layer {i} · head {h}" for i, h in self.chosen]
+            maps = np.stack([self.maps[head] for head in self.chosen])
+            fig = plots.large_maps(maps, names=names, pieces=self._pieces(), title=title, bar=bar)
+            plots.save(fig, path)
+        else:
+            grid = plots.attention_grid(
+                self.weights,
+                layers=self.layers,
+                heads=self.heads,
+                pieces=self._pieces(),
+                title=title,
+                bar=bar,
+            )
+            plots.save(grid, path)
+
+    def save(self, path: str | Path) -> None:
+        """Writes safetensors, one tensor (n_layer, n_head, n_query, n_key) `attention` or
+        `value_weighted`; for any other ending the document. Raises `FileError`."""
+        if not str(path).endswith(".safetensors"):
+            super().save(path)
+            return
+        from mia.io.activations import Activations
+        from mia.io.provenance import as_strings
+
+        arguments = {"tokens": self.maps.tokens, "layers": self.layers, "heads": self.heads}
+        metadata = {
+            **self.facts.metadata(),
+            "tokenizer_sha256": self.tokenizer_sha256,
+            **as_strings(arguments),
+        }
+        name = "value_weighted" if self.maps.value_weighted else "attention"
+        Activations({name: self.weights}, metadata).save(path)
+
+    def _write_page(self, path: str | Path, title: str, bar: str) -> None:
+        from mia.show.html import attention_page, write_page
+
+        pieces = [visible(p) for p in self._pieces()]
+        page = attention_page(
+            self.weights,
+            layers=self.layers,
+            heads=self.heads,
+            pieces=pieces,
+            title=title,
+            about="".join(pieces),
+            bar=bar,
+        )
+        write_page(path, page)
+
+    def _listed(self) -> list[Head]:
+        if self.chosen is not None:
+            return self.chosen
+        return [Head(i, h) for i in self.layers for h in self.heads]
+
+    def _pieces(self) -> list[str]:
+        return [t.text for t in self.tokens]
+
+
+def attention(
+    model: Model,
+    prompt: str | Sequence[int],
+    *,
+    layers: Ranges | None = None,
+    heads: Heads | None = None,
+    token: int = -1,
+    k: int = 5,
+    value_weighted: bool = False,
+    edits: Edit | Sequence[Edit] = (),
+) -> Attention:
+    """Runs a prompt and reads what heads attend to.
+
+    Args:
+        prompt: a text or token ids.
+        layers, heads: only these (`mia.ranges`); all by default.
+        token: the query whose strongest keys the text lists.
+        k: how many keys.
+        value_weighted: multiply each weight by the norm of the value that it moves.
+        edits: changes while it runs.
+
+    Raises:
+        UsageError: no head is left.
+        RangeError: no such layer, head or token.
+    """
+    ids = model.ids(prompt)
+    (query,) = resolve_tokens(token, len(ids))
+    numbers = sorted(parse_layers("*" if layers is None else layers, model.n_layer))
+    columns, chosen = list(range(model.n_head)), None
+    if heads is not None:
+        chosen = [h for h in parse_heads(heads, model.n_layer, model.n_head) if h.layer in numbers]
+        if not chosen:
+            raise UsageError(f"no head of {heads} is in layers {layers}")
+        numbers = sorted({h.layer for h in chosen})
+        columns = sorted({h.head for h in chosen})
+    maps = attention_maps(model, ids, layers=numbers, edits=edits, value_weighted=value_weighted)
+    return Attention(
+        facts=model.facts,
+        tokens=model.token_rows(ids),
+        maps=maps,
+        heads=columns,
+        chosen=chosen,
+        query=query,
+        k=k,
+        tokenizer_sha256=model.tokenizer_hash,
+    )

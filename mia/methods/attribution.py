@@ -1,4 +1,4 @@
-"""Direct logit attribution: what each part of the model writes into the answer's logit.
+"""Direct logit attribution: what each part of the model adds to the answer's logit.
 
 Sources: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (the residual
 stream is a sum, and a logit reads it linearly once the final norm is frozen); Wang et al. 2022
@@ -6,42 +6,46 @@ stream is a sum, and a logit reads it linearly once the final norm is frozen); W
 
 | in the papers                   | here                                                    |
 |---------------------------------|---------------------------------------------------------|
-| x_0, the embedding              | `resid_pre.0` (with positions and scale, where there are)|
+| x_0, the embedding              | `resid_pre.0` (with positions and scale, if any)        |
 | sum over heads of W_O^h z^h     | `heads`, from `head_out` and W_O of the file            |
 | MLP output                      | `mlp_out.i`                                             |
-| LN frozen at the final residual | `mia.lenses.linear.Norm.frozen`                                |
+| LN frozen at the final residual | `mia.lenses.linear.Norm.frozen`                         |
 | W_U[t], logit of t              | `LogitLens.attribute`                                   |
 | logit difference                | `against`                                               |
 
-What is added up: embedding + attention and MLP of each layer + biases of the final norm and
-the unembedding = the logit, before soft-capping where the model does that. It is checked every
-time: the parts against the residual, and the sum against the model's own logit.
+The sum: embedding + attention and MLP of each layer + biases of the final norm and the
+unembedding = the logit (before soft-capping, in models that have it). Every call checks the
+parts against the residual, and the sum against the model's own logit.
 
 An attention layer is further split into its heads and its bias; a norm after attention
-(gemma2) is frozen as well. What is left over (`rest`) is rounding: llama.cpp multiplies a
-quantized W_O with activations that it has rounded to 8 bits.
+(gemma2) is frozen as well. The remainder (`rest`) is rounding: llama.cpp multiplies a
+quantized W_O with activations rounded to 8 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mia.arrays import Array
 from mia.edits import Edit
-from mia.errors import ModelError
-from mia.lenses.linear import Norm, Step, split
-from mia.request import Capture, Request, Result
+from mia.errors import ModelError, UsageError
+from mia.generation import Token
+from mia.lenses.linear import split
+from mia.lenses.walk import Tanh, walk
+from mia.ranges import every_head, top_heads
+from mia.request import Capture, Request, Result, one_or_more
+from mia.show.report import Report
+from mia.show.text import rounded, visible
 from mia.sites import Site
 
 if TYPE_CHECKING:
+    from mia.io.provenance import ModelFacts
     from mia.model import Model
-
-Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +58,8 @@ class Attribution:
         heads: (n_layer, n_head); they, `attn_bias` and `rest` add up to `attn`.
         attn_bias, rest: (n_layer,) of W_O's bias (and a post-norm's), and of rounding.
         bias: of the final norm's and the unembedding's biases.
-        logit: the model's own logit (difference), after soft-capping where it has that.
-        recomputed: what the sum of the parts becomes after soft-capping; close to `logit`.
+        logit: the model's own logit (difference), after soft-capping if it has that.
+        recomputed: the sum of the parts after soft-capping; close to `logit`.
     """
 
     embed: float
@@ -79,39 +83,40 @@ class Attribution:
         return Attribution(**{n: getattr(self, n) - getattr(other, n) for n in names})
 
 
-def attribute(
+def attribute_logit(
     model: Model,
     tokens: Sequence[int],
     answer: int,
     *,
     against: int | None = None,
     token: int = -1,
-    edits: Sequence[Edit] = (),
+    edits: Edit | Sequence[Edit] = (),
 ) -> Attribution:
-    """What every part writes into the logit of `answer` at a token of the prompt.
+    """What each part of the model adds to the logit of `answer` at a token of the prompt.
 
     Args:
-        answer, against: token ids; with `against`, the difference of their logits.
+        answer: a token id.
+        against: another; then it is the difference of their logits.
         token: at which token of the prompt, the last by default.
 
     Raises:
-        ModelError: the parts do not add up to what the model computes; nothing wrong is shown.
+        ModelError: the parts do not add up to what the model computes.
     """
     n = model.n_layer
     names = [Site("resid_pre", 0), Site("resid_post", n - 1)]
     names += [Site(name, i) for name in ("attn_out", "mlp_out", "head_out") for i in range(n)]
-    request = Request(tokens, edits, [Capture(names, token)], logits=[token])
+    request = Request(tokens, one_or_more(edits, Edit), [Capture(names, token)], logits=[token])
     result = model.run([request])[0]
     assert result.logits is not None
     parts = _parts(model, result)
     ids = [answer] if against is None else [answer, against]
-    found = [_of_token(model, parts, result.logits[0], t) for t in ids]
-    return found[0] if against is None else found[0] - found[1]
+    shares = [_of_token(model, parts, result.logits[0], t) for t in ids]
+    return shares[0] if against is None else shares[0] - shares[1]
 
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """What was added to the residual at one token."""
+    """The terms of the last residual at one token."""
 
     embed: Array  # (n_embd,)
     attn: Array  # (n_layer, n_embd)
@@ -152,62 +157,26 @@ def head_contributions(model: Model, layer: int, z: Array) -> tuple[Array, Array
         z: (n_head × head_dim,) one token's `head_out`.
 
     Returns:
-        (n_head, n_embd) and (n_embd,). Their sum is `attn_out`, but for rounding. A norm behind
-        W_O is frozen at this token's size.
+        (n_head, n_embd) and (n_embd,). Their sum is `attn_out`, up to rounding. A norm behind
+        W_O is frozen at its size for this token.
     """
     topology = model.topology
     n_head, width = topology.sites[Site("head_out", layer)].shape
     apart = np.zeros((n_head, n_head, width), np.float32)
     apart[range(n_head), range(n_head)] = z.reshape(n_head, width)
-    steps = _output_steps(model, layer)
+    begin, end = Site("head_out", layer), Site("attn_out", layer)
+    steps = walk(topology, model.weights, begin, end, architecture=model.architecture)
+    if any(isinstance(step, Tanh) for step in steps):
+        raise ModelError(f"attention of {model.architecture} is not linear in its heads")
     parts, constant = split(steps, apart.reshape(n_head, -1), np.zeros(n_head * width, np.float32))
     return parts.astype(np.float32), constant.astype(np.float32)
-
-
-def _output_steps(model: Model, layer: int) -> list[Step]:
-    """The operations from `head_out` to `attn_out`, read off the graph backwards."""
-    topology, weights = model.topology, model.weights
-    begin, end = Site("head_out", layer), Site("attn_out", layer)
-    node = topology.nodes[topology.sites[end].index]
-    stop = topology.nodes[topology.sites[begin].index].addr
-    steps: list[Step] = []
-    while node.addr != stop:
-        source = node.src[0]
-        if node.op == "MUL_MAT" and topology.is_leaf(source):
-            steps.append(partial(_product, weights.matrix, topology.node(source).name))
-            source = node.src[1]
-        elif node.op in ("ADD", "MUL") and topology.is_leaf(node.src[1]):
-            v = weights.vector(topology.node(node.src[1]).name)
-            steps.append(partial(np.add if node.op == "ADD" else np.multiply, v))
-        elif node.op in ("RMS_NORM", "NORM"):
-            steps.append(Norm(node.param_f32(0), centred=node.op == "NORM"))
-        elif node.op == "SCALE":
-            steps.append(partial(_scaled, node.param_f32(0), node.param_f32(1)))
-        elif node.op not in ("RESHAPE", "VIEW", "CONT", "GET_ROWS"):
-            raise ModelError(
-                f"attribution does not know {node.op} behind the heads of {model.architecture}"
-            )
-        if topology.is_leaf(source):
-            raise ModelError(
-                f"attention of {model.architecture} does not come from its heads alone"
-            )
-        node = topology.node(source)
-    return steps[::-1]
-
-
-def _product(matrix: Callable[[str], Array], name: str, x: Array) -> Array:
-    return x @ matrix(name).T.astype(x.dtype)
-
-
-def _scaled(factor: float, offset: float, x: Array) -> Array:
-    return x * factor + offset
 
 
 def _of_token(model: Model, p: _Parts, logits: Array, token: int) -> Attribution:
     n, n_head = p.heads.shape[:2]
     components = np.concatenate([p.embed[None], p.attn, p.mlp])
     shares, bias, recomputed = model.lens.attribute(components, token)
-    # heads are shares of the same frozen map, so they go through it beside what they replace
+    # the finer parts have the same sum, so that the norm is frozen at the same size
     rest = p.attn - p.heads.sum(1) - p.attn_bias
     finer = np.concatenate(
         [p.embed[None], p.mlp, p.attn_bias, rest, p.heads.reshape(n * n_head, -1)]
@@ -229,4 +198,139 @@ def _of_token(model: Model, p: _Parts, logits: Array, token: int) -> Attribution
         bias=bias,
         logit=float(logits[token]),
         recomputed=recomputed,
+    )
+
+
+# -- the experiment --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class LogitAttribution(Report):
+    """What each part of a model writes into the logit of an answer.
+
+    Attributes:
+        answer, against: a token, and the one that its logit is compared with.
+        shares: the numbers.
+        soft_capped: whether the model soft-caps its logits.
+        k: how many heads the text lists.
+    """
+
+    facts: ModelFacts
+    tokens: Sequence[Token]
+    answer: Token
+    against: Token | None
+    shares: Attribution
+    soft_capped: bool
+    k: int
+
+    def document(self) -> dict[str, Any]:
+        s, other = self.shares, self.against
+        return {
+            "model": self.facts.document(),
+            "tokens": [t.document() for t in self.tokens],
+            "answer": {"id": self.answer.id, "text": self.answer.text},
+            "against": None if other is None else {"id": other.id, "text": other.text},
+            "logit": rounded(s.logit),
+            "sum": rounded(s.total),
+            "sum_after_capping": rounded(s.recomputed),
+            "soft_capped": self.soft_capped,
+            "embed": rounded(s.embed),
+            "bias": rounded(s.bias),
+            "attn": rounded(s.attn),
+            "mlp": rounded(s.mlp),
+            "heads": rounded(s.heads),
+            "attn_bias": rounded(s.attn_bias),
+            "rest": rounded(s.rest),
+            "top": self._top(),
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A record for each head, and for the MLP of each layer (head None)."""
+        s = self.shares
+        heads = [
+            h.document(part="head", value=float(s.heads[h])) for h in every_head(*s.heads.shape)
+        ]
+        mlps = [
+            {"layer": i, "head": None, "part": "mlp", "value": x}
+            for i, x in enumerate(s.mlp.tolist())
+        ]
+        return heads + mlps
+
+    def plain(self) -> str:
+        s = self.shares
+        lines = [f"{'embed':<9s} {s.embed:9.4f}", f"{'layer':<9s} {'attention':>9s} {'MLP':>9s}"]
+        lines += [
+            f"{i:<9d} {a:9.4f} {b:9.4f}" for i, (a, b) in enumerate(zip(s.attn, s.mlp, strict=True))
+        ]
+        what = "logit" if self.against is None else "difference"
+        capped = f"; after soft-capping {s.recomputed:.4f}" if self.soft_capped else ""
+        heads = " | ".join(f"{t['layer']}.{t['head']} {t['value']:+.4f}" for t in self._top())
+        return "\n".join(
+            [
+                *lines,
+                f"{'biases':<9s} {s.bias:9.4f}",
+                f"{'sum':<9s} {s.total:9.4f}{capped} (the model's own {what}: {s.logit:.4f})",
+                f"heads: {heads}",
+                f"rounding not given to any head: {abs(s.rest).sum():.4f} in all",
+            ]
+        )
+
+    def plot(self, path: str | Path) -> None:
+        """Draws the shares of the heads as a heatmap, layers down, heads across."""
+        from mia.show import plots
+
+        than = "" if self.against is None else f" over {visible(self.against.text)!r}"
+        fig = plots.heatmap(
+            self.shares.heads,
+            x="head",
+            y="layer",
+            bar="logit",
+            title=f"{self.facts.name} · what each head writes for {visible(self.answer.text)!r}{than}",
+            diverging=True,
+        )
+        plots.save(fig, path)
+
+    def _top(self) -> list[dict[str, Any]]:
+        heads = self.shares.heads
+        return [h.document(value=rounded(heads[h])) for h in top_heads(heads, self.k, by_size=True)]
+
+
+def attribute(
+    model: Model,
+    prompt: str | Sequence[int],
+    answer: str,
+    *,
+    against: str | None = None,
+    token: int = -1,
+    k: int = 10,
+    edits: Edit | Sequence[Edit] = (),
+) -> LogitAttribution:
+    """What each layer's attention and MLP, and each head, writes into the logit of an answer.
+
+    Args:
+        prompt: a text or token ids.
+        answer: a text of one token; against: another, to attribute the difference of the two.
+        token: at which token of the prompt, the last by default.
+        k: how many heads the text lists.
+        edits: changes while it runs.
+
+    Raises:
+        UsageError: the answer is not one token, or `against` is the same token.
+        ModelError: the parts do not add up to what the model computes.
+    """
+    ids = model.ids(prompt)
+    target = model.token_id(answer)
+    other = None if against is None else model.token_id(against)
+    if other == target:
+        raise UsageError(f"answer and against are the same token, {answer!r}")
+    shares = attribute_logit(model, ids, target, against=other, token=token, edits=edits)
+    place = token % len(ids) + 1
+    return LogitAttribution(
+        facts=model.facts,
+        tokens=model.token_rows(ids),
+        answer=Token(place, target, model.piece(target)),
+        against=None if other is None else Token(place, other, model.piece(other)),
+        shares=shares,
+        soft_capped=model.lens.capped,
+        k=k,
     )

@@ -7,8 +7,8 @@ library has them. "Paper" below is Rimsky's.
 
 | paper                | here                                                          |
 |----------------------|---------------------------------------------------------------|
-| prompt p, c_p, c_n   | `Pair.positive`, `Pair.negative`: the whole texts             |
-| a_L(p, c_p)          | `PairActivations.positive[L]`, one row per pair                   |
+| prompt p, c_p, c_n   | `ContrastPair.positive`, `.negative`: the whole texts         |
+| a_L(p, c_p)          | `PairActivations.positive[L]`, one row per pair               |
 | v_MD                 | `mean(positive, negative)`                                    |
 
 Where we deviate: principal components are of the differences and their negatives,
@@ -18,30 +18,32 @@ Layer i is the site's row in block i, all layers in one pass.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from mia.datasets.shipped import find_text, read_lines, read_rows, read_text
+from mia.arrays import Array
+from mia.datasets.pairs import ContrastPair, load_pairs, select_pairs
+from mia.datasets.selection import Selection
 from mia.edits import resolve_tokens
-from mia.errors import FileError, MiaError, RangeError, UsageError
-from mia.io.provenance import file_metadata
+from mia.errors import RangeError, UsageError
+from mia.methods.patching import today
+from mia.notices import notice
 from mia.plugins import load_function
+from mia.progress import step
+from mia.ranges import Ranges, parse_layers
 from mia.request import Capture, Request
-from mia.sites import Site
+from mia.sites import BY_KEY, LAYERED, Site, split_spelling
 from mia.vectors import Vector
+from mia.vectors.report import VectorReport
 
 if TYPE_CHECKING:
     from mia.model import Model
     from mia.progress import Progress
 
-Array = npt.NDArray[np.float32]
 #: (n, width) positive, (n, width) negative -> (width,)
 Aggregator = Callable[[Array, Array], Array]
 
@@ -49,88 +51,7 @@ Aggregator = Callable[[Array, Array], Array]
 SITES = ("resid_post", "attn_out", "mlp_out", "attn_norm", "mlp_norm")
 
 
-# -- pairs ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two texts that differ in what the direction shall mean.
-
-    `read_positive`, `read_negative`: token indices where they differ from `read`'s.
-    """
-
-    positive: str
-    negative: str
-    read_positive: int | None = None
-    read_negative: int | None = None
-
-
-def load_pairs(*paths: str | Path) -> list[Pair]:
-    """Pairs from a JSONL or CSV file or JSON array with `positive` and `negative`, from two text
-    files, a line for each text, or of a shipped set by name (`sentiment`, `french`, `weddings`).
-
-    Raises:
-        FileError: a file that cannot be read, is empty, or lacks a field.
-        UsageError: two files with unequal numbers of lines, or a line blank in one only.
-    """
-    if len(paths) == 2:
-        return _line_pairs(*paths)
-    if len(paths) != 1:
-        raise UsageError(f"{len(paths)} files are given; pairs come from one file, or from two")
-    path = find_text(paths[0])
-    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else read_rows(path)
-    pairs = [_pair(row, f"{path}, {where}") for where, row in rows]
-    if not pairs:
-        raise FileError(f"{path} is empty; pairs have a positive and a negative text")
-    return pairs
-
-
-def _line_pairs(positive: str | Path, negative: str | Path) -> list[Pair]:
-    """Line n of one file with line n of the other; where both are blank there is no pair."""
-    ours, theirs = read_lines(positive), read_lines(negative)
-    # a blank line that is dropped from one file alone would pair all later texts wrongly
-    for n in sorted(ours.keys() ^ theirs.keys()):
-        if n <= min(max(ours), max(theirs)):
-            blank, other = (negative, positive) if n in ours else (positive, negative)
-            raise UsageError(f"{blank}, line {n} is blank, and that of {other} is not")
-    if ours.keys() != theirs.keys():
-        raise UsageError(
-            f"{positive} has {len(ours)} texts and {negative} has {len(theirs)}; "
-            "pairs need as many of each"
-        )
-    return [Pair(text, theirs[n]) for n, text in ours.items()]
-
-
-def _csv_rows(path: Path) -> list[tuple[str, Any]]:
-    rows = []
-    try:
-        for n, row in enumerate(csv.DictReader(io.StringIO(read_text(path))), 1):
-            if None in row:  # where the reader keeps what has no header
-                raise FileError(f"{path}, row {n} has more fields than the header; quote commas")
-            rows.append((f"row {n}", row))
-    except csv.Error as err:
-        raise FileError(f"{path} is not CSV that can be read: {err}") from err
-    return rows
-
-
-def _pair(row: Any, where: str) -> Pair:
-    texts = []
-    for key in ("positive", "negative"):
-        text = row.get(key) if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text:
-            raise FileError(f"{where}: there is no text {key!r}")
-        texts.append(text)
-    reads = []
-    for key in ("read_positive", "read_negative"):
-        value = row.get(key)
-        try:
-            reads.append(None if value in (None, "") else int(value))
-        except (TypeError, ValueError):
-            raise FileError(f"{where}: {key} is {value!r}, not a token index") from None
-    return Pair(texts[0], texts[1], *reads)
-
-
-# -- where a text is read --------------------------------------------------------------
+# -- which tokens of a text are read --------------------------------------------------------------
 
 
 def read_positions(model: Model, tokens: Sequence[int], read: str) -> list[int]:
@@ -144,6 +65,7 @@ def read_positions(model: Model, tokens: Sequence[int], read: str) -> list[int]:
         UsageError: none of these, or a marker that is not in the text.
         RangeError: an index that the text does not have.
     """
+    check_read(read)
     n = len(tokens)
     kind, _, rest = read.partition(":")
     if read == "last":
@@ -153,16 +75,25 @@ def read_positions(model: Model, tokens: Sequence[int], read: str) -> list[int]:
     if read == "mean":
         first = int(n > 1 and tokens[0] == model.bos_token)
         return list(range(first, n))
+    if kind == "mean":
+        first, last = (int(x) for x in rest.split("..", 1))
+        a, b = resolve_tokens([first, last], n)
+        if b < a:
+            raise RangeError(f"read {read!r}: the range runs backwards in a text of {n} tokens")
+        return list(range(a, b + 1))
+    return resolve_tokens(int(read), n)
+
+
+def check_read(read: str) -> None:
+    """Raises `UsageError` if `read_positions` does not know this."""
+    kind, _, rest = read.partition(":")
+    if read in ("last", "mean") or (kind == "before" and rest):
+        return
     try:
         if kind == "mean":
-            first, last = (int(x) for x in rest.split("..", 1))
-            a, b = resolve_tokens([first, last], n)
-            if b < a:
-                raise RangeError(f"read {read!r}: the range runs backwards in a text of {n} tokens")
-            return list(range(a, b + 1))
-        return resolve_tokens(int(read), n)
-    except MiaError:
-        raise
+            _first, _last = (int(x) for x in rest.split("..", 1))
+        else:
+            int(read)
     except ValueError:
         raise UsageError(
             f"read {read!r} is not known; known: last, an index like -2, before:MARKER, mean, mean:3..7"
@@ -172,13 +103,13 @@ def read_positions(model: Model, tokens: Sequence[int], read: str) -> list[int]:
 def _before(model: Model, tokens: Sequence[int], marker: str) -> int:
     """The last token that ends at or before the marker begins."""
     text = model.detokenize(tokens)
-    at = text.rfind(marker)
-    if at < 0:
+    start = text.rfind(marker)
+    if start < 0:
         raise UsageError(f"the marker {marker!r} is not in {text!r}")
     for i in range(len(tokens), 0, -1):
-        if len(model.detokenize(tokens[:i])) <= at:
+        if len(model.detokenize(tokens[:i])) <= start:
             return i - 1
-    raise UsageError(f"no token stands before the marker {marker!r} in {text!r}")
+    raise UsageError(f"there is no token before the marker {marker!r} in {text!r}")
 
 
 # -- activations -------------------------------------------------------------------------
@@ -191,7 +122,7 @@ class PairActivations:
     Attributes:
         positive, negative: layer -> (n_pairs, width) float32.
         site: one of `SITES`, or another of width (width,).
-        metadata: where they came from.
+        metadata: provenance.
     """
 
     positive: dict[int, Array]
@@ -202,7 +133,7 @@ class PairActivations:
 
 def extract(
     model: Model,
-    pairs: Sequence[Pair | tuple[str, str]],
+    pairs: Sequence[ContrastPair | tuple[str, str]] | str | Path,
     *,
     site: str = "resid_post",
     layers: Sequence[int] | None = None,
@@ -218,34 +149,37 @@ def extract(
     Raises:
         UsageError: no pairs, a site without layers, or a text without tokens.
     """
+    pairs = load_pairs(pairs) if isinstance(pairs, (str, Path)) else pairs
     if not len(pairs):
         raise UsageError("there are no pairs to learn from")
-    ready = [p if isinstance(p, Pair) else Pair(*p) for p in pairs]
+    contrasts = [p if isinstance(p, ContrastPair) else ContrastPair(*p) for p in pairs]
     chosen = list(range(model.n_layer)) if layers is None else list(layers)
     sites = [Site(site, i) for i in chosen]
     requests = []
-    seen = []  # what the model has read of each text by then
-    for pair in ready:
+    contexts = []  # of each text the tokens up to the last one read, and which are read
+    for pair in contrasts:
         for text, own in ((pair.positive, pair.read_positive), (pair.negative, pair.read_negative)):
             tokens = model.tokenize(text, bos=bos)
             if not tokens:
                 raise UsageError(f"the text {text!r} has no tokens")
-            at = read_positions(model, tokens, read if own is None else str(own))
-            requests.append(Request(tokens, captures=[Capture(sites, tokens=at)], logits=None))
-            seen.append((tokens[: max(at) + 1], at))
+            positions = read_positions(model, tokens, read if own is None else str(own))
+            requests.append(
+                Request(tokens, captures=[Capture(sites, tokens=positions)], logits=None)
+            )
+            contexts.append((tokens[: max(positions) + 1], positions))
     results = model.run(requests, progress=progress)
-    for k in range(0, len(seen), 2):
-        if seen[k] == seen[k + 1]:  # or rounding, on a GPU above all, would look like a difference
+    for k in range(0, len(contexts), 2):
+        # else rounding, above all on a GPU, would look like a difference
+        if contexts[k] == contexts[k + 1]:
             results[k + 1] = results[k]
 
     def rows(first: int, s: Site) -> Array:
         return np.stack([r.captures[s].mean(0) for r in results[first::2]])  # (n_pairs, width)
 
-    facts = file_metadata(
-        model,
+    facts = model.file_metadata(
         site=site,
         read=read,
-        n_pairs=str(len(ready)),
+        n_pairs=str(len(contrasts)),
         bos=model.wants_bos(bos),
     )
     return PairActivations(
@@ -305,8 +239,8 @@ def aggregator(name: str | Aggregator) -> Aggregator:
 
 
 def aggregate(activations: PairActivations, method: str | Aggregator = "mean") -> Vector:
-    """One direction per layer; zero at a layer where nothing differs yet, as at `attn_norm.0`
-    of texts that end in the same token.
+    """One direction per layer; zero at a layer at which nothing differs, like `attn_norm.0` of
+    texts that end in the same token.
 
     Raises:
         UsageError: an unknown aggregator; unequal numbers of positives and negatives; texts
@@ -314,26 +248,26 @@ def aggregate(activations: PairActivations, method: str | Aggregator = "mean") -
             than (width,).
     """
     f = aggregator(method)
-    ours = f in AGGREGATORS.values()  # a user's function may do without differences
+    builtin = f in AGGREGATORS.values()  # a user's function may do without differences
     label = method if isinstance(method, str) else getattr(method, "__name__", "a function")
     directions = {}
-    some_differ = False
+    any_differs = False
     for layer, positive in activations.positive.items():
         negative = activations.negative[layer]
         if len(positive) != len(negative):
             raise UsageError(
-                f"{len(positive)} positive and {len(negative)} negative activations are no pairs"
+                f"activations must be pairs, got {len(positive)} positive and {len(negative)} negative"
             )
         differs = _differs(positive, negative)
-        some_differ |= differs
-        if ours and not differs:
+        any_differs |= differs
+        if builtin and not differs:
             directions[layer] = np.zeros(positive.shape[1:], np.float32)
             continue
         v = np.asarray(f(positive, negative), np.float32)
         if v.shape != positive.shape[1:]:
             raise UsageError(f"{label} made {v.shape} of pairs of {positive.shape}")
         directions[layer] = v
-    if ours and directions and not some_differ:
+    if builtin and directions and not any_differs:
         read = activations.metadata.get("read", "last")
         raise UsageError(f"the texts do not differ at the token read ({read}); read another one")
     return Vector(directions, activations.site, {**activations.metadata, "aggregator": label})
@@ -348,7 +282,7 @@ def _differs(positive: Array, negative: Array) -> bool:
 
 def train(
     model: Model,
-    pairs: Sequence[Pair | tuple[str, str]],
+    pairs: Sequence[ContrastPair | tuple[str, str]] | str | Path,
     *,
     site: str = "resid_post",
     layers: Sequence[int] | None = None,
@@ -359,7 +293,64 @@ def train(
 ) -> Vector:
     """`extract`, then `aggregate`."""
     f = aggregator(method)
-    found = extract(model, pairs, site=site, layers=layers, read=read, bos=bos, progress=progress)
-    vector = aggregate(found, f)
+    activations = extract(
+        model, pairs, site=site, layers=layers, read=read, bos=bos, progress=progress
+    )
+    vector = aggregate(activations, f)
     label = method if isinstance(method, str) else vector.metadata["aggregator"]
     return Vector(vector.directions, vector.site, {**vector.metadata, "aggregator": label})
+
+
+# -- the experiment ------------------------------------------------------------------------
+
+
+def learn(
+    model: Model,
+    pairs: Selection[ContrastPair] | str | Path,
+    *,
+    site: str = "resid_post",
+    layers: Ranges | None = None,
+    read: str = "last",
+    method: str | Aggregator = "mean",
+    bos: bool | None = None,
+    name: str = "vector",
+) -> VectorReport:
+    """`train` on pairs of a file, with provenance; `VectorReport.write` saves the vector.
+
+    Args:
+        pairs: a shipped set by name, a file, or `mia.datasets.pairs.select_pairs("sentiment")`.
+        site, layers: in any spelling; layers by the site (`l_out-10..16`) or by `layers`, all by
+            default.
+        name: what arithmetic calls the vector.
+
+    Raises:
+        UsageError: a site that has no vectors, or layers given twice.
+    """
+    pairs = pairs if isinstance(pairs, Selection) else select_pairs(pairs)
+    kind, site_layers = split_spelling(today(site).strip())
+    if kind not in LAYERED or kind in BY_KEY:
+        raise UsageError(
+            f"site {site!r}: a vector belongs to a site with layers and one row per token"
+        )
+    if site_layers is not None and layers is not None:
+        raise UsageError(f"site {site!r} already names layers; leave out the argument layers")
+    text, what = (layers, "layers") if site_layers is None else (site_layers, f"site {site!r}:")
+    chosen = None if text is None else parse_layers(text, model.n_layer, what)
+    if not model.wants_bos(bos) and model.bos_token >= 0:
+        notice(
+            "texts are read without a BOS, where models treat the first token as an "
+            "attention sink; put "
+            f"{model.piece(model.bos_token)} in front"
+        )
+    with step("reading") as bar:
+        vector = train(
+            model,
+            pairs.items,
+            site=kind,
+            layers=chosen,
+            read=read,
+            method=method,
+            bos=bos,
+            progress=bar,
+        )
+    return VectorReport(vector.with_metadata(name=name, **pairs.metadata()), model.facts)

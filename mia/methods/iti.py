@@ -4,98 +4,41 @@
 |---------------------------|--------------------------------------------------------------|
 | x_l^h                     | `head_out.l`, head h, at the text's last token               |
 | probe p_θ(x)              | logistic regression per head, its accuracy by cross-validation |
-| K                         | `top_heads(accuracy, K)`                                     |
+| K                         | `mia.ranges.top_heads(accuracy, K)`                          |
 | θ_l^h, "mass mean shift"  | `directions`: mean of true minus mean of false, at length 1  |
 | σ_l^h                     | standard deviation of x_l^h along θ                           |
 | α                         | `coeff` of the steering                                      |
 | eq. 2: + α σ θ            | `train`: a `Vector` of site `head_out`, zero at other heads  |
 
-The vector is added at the last token of the prompt and at each generated one; in
-multiple choice at every token that is scored or decides a score (`answer_edits`), as
-the authors' evaluation does. Where we deviate: probes are of the last token of
-question and answer only, folds keep a question's answers together.
+Where we deviate: probes are of the last token of question and answer only, folds keep a
+question's answers together. `mia.methods.iti_evaluation` adds the vector and asks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mia.datasets.shipped import read_rows
-from mia.edits import Edit
-from mia.errors import FileError, RangeError, UsageError
-from mia.io.provenance import file_metadata
-from mia.measure.losses import TokenLoss
-from mia.methods import caa
+from mia.arrays import Array, IntArray
+from mia.datasets.choices import Question, select_questions
+from mia.datasets.selection import Selection
+from mia.errors import UsageError
+from mia.methods.ab_prompts import answer_tokens
+from mia.progress import Progress, step
+from mia.ranges import Head, check_n_heads, top_heads
 from mia.request import Capture, Request
+from mia.show.text import rounded
 from mia.sites import Site
 from mia.vectors import Vector
+from mia.vectors.report import VectorReport
 
 if TYPE_CHECKING:
     from mia.model import Model
-    from mia.progress import Progress
-
-Array = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question with answers that are right, the best one first, and answers that are not."""
-
-    question: str
-    correct: tuple[str, ...]
-    incorrect: tuple[str, ...]
-
-
-def load_questions(source: str | Path) -> list[Question]:
-    """JSONL with `question`, `correct_answers`, `incorrect_answers` (lists, as TruthfulQA) and
-    perhaps `best_answer`, or a set of A/B items (`mia.methods.caa.load_items`), whose matching
-    answer is the incorrect one.
-
-    Raises:
-        FileError: no such file, a missing field, or nothing in it.
-    """
-    path = caa.find_items(source)
-    if path.suffix.lower() != ".jsonl":
-        return [_from_ab(item) for item in caa.load_items(source)]
-    out = [_question(row, f"{path}, {where}") for where, row in read_rows(path)]
-    if not out:
-        raise FileError(f"{path} is empty; a question for each line is needed")
-    return out
-
-
-def _question(row: Any, where: str) -> Question:
-    row = row if isinstance(row, dict) else {}
-    question = row.get("question")
-    if not _is_text(question):
-        raise FileError(f"{where}: there is no text 'question'")
-    answers = []
-    for key in ("correct_answers", "incorrect_answers"):
-        found = row.get(key)
-        if not isinstance(found, list) or not found or not all(map(_is_text, found)):
-            raise FileError(f"{where}: {key!r} is {found!r:.60}; a list of texts is needed")
-        answers.append(found)
-    best = row.get("best_answer")
-    if best is not None:
-        if not _is_text(best):
-            raise FileError(f"{where}: 'best_answer' is {best!r:.60}; a text is needed")
-        # MC1 asks for the first one
-        answers[0] = [best, *(a for a in answers[0] if a.strip() != best.strip())]
-    return Question(question, tuple(answers[0]), tuple(answers[1]))
-
-
-def _is_text(x: Any) -> bool:
-    return isinstance(x, str) and bool(x.strip())
-
-
-def _from_ab(item: caa.Item) -> Question:
-    question, matching, other = caa.choices(item)
-    return Question(question, (other,), (matching,))
 
 
 def question_tokens(model: Model, question: str, *, bos: bool | None = None) -> list[int]:
@@ -122,7 +65,7 @@ class HeadData:
 
     x: Array
     label: npt.NDArray[np.bool_]
-    group: npt.NDArray[np.intp]
+    group: IntArray
 
 
 def collect(
@@ -141,7 +84,7 @@ def collect(
         begun = question_tokens(model, q.question, bos=bos)
         for right, answers in ((True, q.correct), (False, q.incorrect)):
             for answer in answers:
-                tokens = begun + caa.answer_tokens(model, begun, answer)
+                tokens = begun + answer_tokens(model, begun, answer)
                 requests.append(Request(tokens, captures=[Capture(sites, tokens=-1)], logits=None))
                 label.append(right)
                 group.append(g)
@@ -165,7 +108,7 @@ def probe_accuracy(
         raise UsageError("probes need scikit-learn: pip install 'mia[probes]'") from err
     n_groups = int(data.group.max()) + 1
     if not 2 <= folds <= n_groups:
-        raise UsageError(f"{folds} folds of {n_groups} questions are not possible")
+        raise UsageError(f"cannot split {n_groups} questions into {folds} folds")
     fold_of = rng.permutation(n_groups) % folds
     held = fold_of[data.group]  # (n_texts,)
     n_layer, n_head = data.x.shape[1:3]
@@ -182,15 +125,7 @@ def probe_accuracy(
     return out
 
 
-def top_heads(accuracy: Array, k: int) -> list[tuple[int, int]]:
-    """The k heads (layer, head) of highest accuracy, best first; ties by layer and head."""
-    if not 1 <= k <= accuracy.size:
-        raise RangeError(f"{k} heads are asked for; the model has {accuracy.size}")
-    order = np.argsort(-accuracy.ravel(), kind="stable")[:k]
-    return [(int(i) // accuracy.shape[1], int(i) % accuracy.shape[1]) for i in order]
-
-
-def directions(data: HeadData, heads: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Array]:
+def directions(data: HeadData, heads: Sequence[Head]) -> dict[Head, Array]:
     """σθ of each head, (head_dim,): centre-of-mass direction at length 1, times the standard
     deviation of all activations along it."""
     out = {}
@@ -198,7 +133,7 @@ def directions(data: HeadData, heads: Sequence[tuple[int, int]]) -> dict[tuple[i
         x = data.x[:, layer, head]
         theta = x[data.label].mean(0) - x[~data.label].mean(0)
         theta = theta / (np.linalg.norm(theta) or 1)
-        out[layer, head] = ((x @ theta).std() * theta).astype(np.float32)
+        out[Head(layer, head)] = ((x @ theta).std() * theta).astype(np.float32)
     return out
 
 
@@ -213,6 +148,7 @@ def train(
     progress: Progress | None = None,
 ) -> tuple[Vector, Array]:
     """The vector to add at `head_out`, and every head's probe accuracy (n_layer, n_head)."""
+    check_n_heads(k, model.n_layer, model.n_head)
     data = collect(model, questions, bos=bos, progress=progress)
     accuracy = probe_accuracy(data, rng, folds=folds)
     heads = top_heads(accuracy, k)
@@ -220,77 +156,80 @@ def train(
     for (layer, head), v in directions(data, heads).items():
         row = by_layer.setdefault(layer, np.zeros((model.n_head, model.head_dim), np.float32))
         row[head] = v
-    facts = file_metadata(
-        model,
+    facts = model.file_metadata(
         method="iti",
         n_questions=str(len(questions)),
-        heads=[f"{a}.{b}" for a, b in heads],
+        heads=[str(h) for h in heads],
         bos=model.wants_bos(bos),
     )
     vector = Vector({i: v.ravel() for i, v in by_layer.items()}, "head_out", facts)
     return vector, accuracy
 
 
-# -- evaluation -----------------------------------------------------------------------
-
-
-def generation_edits(vector: Vector, alpha: float) -> list[Edit]:
-    """At the last token of the prompt, and at each generated one."""
-    return vector.edits(coeff=alpha, tokens=-1, generated=True) if alpha else []
-
-
-def answer_edits(vector: Vector, alpha: float, n_question: int) -> list[Edit]:
-    """At each token that predicts a token of the answer, the last of the question included."""
-    return vector.edits(coeff=alpha, tokens=slice(n_question - 1, None)) if alpha else []
+# -- experiments ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
-    """Multiple choice as in TruthfulQA, by question.
+class ItiVector(VectorReport):
+    """A vector of attention heads, and how well a probe of each head does.
 
     Attributes:
-        mc1: (n_questions,) 1 where the likeliest answer is the first right one.
-        mc2: (n_questions,) share of the right answers in the probability of all.
+        accuracy: (n_layer, n_head) of every head's probe.
+        heads: the chosen ones, best first.
+        about: how they were chosen (seed, n_questions).
     """
 
-    mc1: Array
-    mc2: Array
+    accuracy: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    heads: Sequence[Head] = ()
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        return {
+            **super().document(),
+            **self.about,
+            "heads": [h.document() for h in self.heads],
+            "accuracy": rounded(self.accuracy, 4),
+        }
+
+    def plain(self) -> str:
+        a = self.accuracy
+        lines = [f"probe accuracy of {a.size} heads: median {np.median(a):.2f}"]
+        return "\n".join([*lines, *(f"  {h}  {a[h]:.3f}" for h in self.heads)])
+
+    def plot(self, path: str | Path) -> None:
+        from mia.show import plots
+
+        figure = plots.heatmap(self.accuracy, x="head", y="layer", title="probe accuracy of heads")
+        plots.save(figure, path)
 
 
-def multiple_choice(
+def learn(
     model: Model,
-    questions: Sequence[Question],
-    edits_of: list[tuple[Vector, float]] | None = None,
+    data: Selection[Question] | str | Path,
     *,
-    per_token: bool = False,
+    n_heads: int = 16,
+    folds: int = 2,
     bos: bool | None = None,
-    progress: Progress | None = None,
-) -> Scores:
-    """Scores answers by their summed log-probability, plain or with (vector, α).
+    seed: int = 0,
+) -> ItiVector:
+    """`train` on questions of a file, with provenance; `write` saves the vector (.safetensors).
 
     Args:
-        per_token: by the mean instead of the sum, for answers of unequal length.
+        data: a shipped set by name, a file, or some of its questions:
+            `mia.datasets.choices.select_questions("agree_vs_accurate", "0..39")`.
+        n_heads: K, how many heads.
+        folds, seed: of the cross-validation.
     """
-    requests, sizes = [], []
-    for q in questions:
-        begun = question_tokens(model, q.question, bos=bos)
-        n = len(begun)
-        changes = [e for v, a in edits_of or [] for e in answer_edits(v, a, n)]
-        for answer in (*q.correct, *q.incorrect):
-            tokens = begun + caa.answer_tokens(model, begun, answer)
-            metric = TokenLoss(np.asarray(tokens[n:]))
-            at = slice(n - 1, len(tokens) - 1)
-            requests.append(Request(tokens, changes, logits=at, metric=metric))
-        sizes.append((len(q.correct), len(q.incorrect)))
-    values = [
-        -(r.value.mean() if per_token else r.value.sum())
-        for r in model.run(requests, progress=progress)
-    ]
-    mc1, mc2, start = [], [], 0
-    for n_right, n_wrong in sizes:
-        s = np.asarray(values[start : start + n_right + n_wrong], np.float64)
-        start += n_right + n_wrong
-        p = np.exp(s - s.max())
-        mc1.append(float(s[0] > s[n_right:].max()))
-        mc2.append(float(p[:n_right].sum() / p.sum()))
-    return Scores(np.asarray(mc1, np.float32), np.asarray(mc2, np.float32))
+    data = data if isinstance(data, Selection) else select_questions(data)
+    rng = np.random.default_rng(seed)
+    with step("reading") as bar:
+        vector, accuracy = train(
+            model, data.items, k=n_heads, rng=rng, folds=folds, bos=bos, progress=bar
+        )
+    return ItiVector(
+        vector.with_metadata(**data.metadata()),
+        model.facts,
+        accuracy=accuracy,
+        heads=top_heads(accuracy, n_heads),
+        about={"seed": seed, "n_questions": len(data.items)},
+    )

@@ -8,14 +8,12 @@ the package `cma`). All work on θ with w = σ(θ), and on ranks of the rewards.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from mia.arrays import Floats
 from mia.errors import UsageError
-
-Floats = npt.NDArray[np.float64]
 
 
 class Optimiser(Protocol):
@@ -24,7 +22,7 @@ class Optimiser(Protocol):
     def ask(self) -> Floats: ...
     def tell(self, rewards: Floats) -> None: ...
     def current(self) -> list[Floats]:
-        """What is to be tried on dev now: one or several w."""
+        """The weights to try on dev now, one or several w."""
         ...
 
 
@@ -34,7 +32,7 @@ class _Adam:
         self.m, self.v = np.zeros(n), np.zeros(n)
 
     def step(self, gradient: Floats) -> Floats:
-        """What to add, uphill."""
+        """The step to add, uphill."""
         self.t += 1
         self.m = 0.9 * self.m + 0.1 * gradient
         self.v = 0.99 * self.v + 0.01 * gradient**2
@@ -107,7 +105,7 @@ class Cma:
             import cma
         except ImportError as err:
             raise UsageError(
-                "--optimiser cma needs the package cma: pip install 'mia[soft]'"
+                "the optimiser cma needs the package cma: pip install 'mia[soft]'"
             ) from err
         options = {
             "popsize": population,
@@ -129,7 +127,8 @@ class Cma:
         return [_sigmoid(np.asarray(self.es.mean))]
 
 
-OPTIMISERS: dict[str, Callable[..., Optimiser]] = {
+OptimiserName = Literal["reinforce", "es", "cma"]
+OPTIMISERS: dict[OptimiserName, Callable[..., Optimiser]] = {
     "reinforce": Reinforce,
     "es": Evolution,
     "cma": Cma,
@@ -146,8 +145,8 @@ def _logit(p: Floats) -> Floats:
 
 
 def _ranked(rewards: Floats) -> Floats:
-    """Rewards as centred ranks of unit variance: what one lucky minibatch pays does not matter."""
+    """Rewards as centred ranks of unit variance, so that one lucky minibatch does not matter."""
     _, which, counts = np.unique(rewards, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts + 1) / 2)[which]  # those that are equal share theirs
+    ranks = (np.cumsum(counts) - (counts + 1) / 2)[which]  # equal rewards share a rank
     ranks -= ranks.mean()
     return ranks / (ranks.std() or 1.0)

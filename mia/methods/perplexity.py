@@ -1,13 +1,9 @@
 """Perplexity of a text, plain and under edits.
 
-Perplexity is exp of the mean negative log-probability per token. The graph of Turner
-et al. 2023 (arXiv 2308.10248, section 4: "weddings") is `by_layer`: the ratio of the
-steered to the plain perplexity of each text, against the layer of the injection.
-Where we deviate: the paper scores documents by the mean over sentences of GPT-2's
-log-probabilities with a BOS; here a BOS is put where the model asks for one, or where
-`bos` is true, and ratios are geometric means over texts.
+    print(measure(Model("smollm2"), text, Changes(steer=["love.gguf"])))
 
-Values of one text differ between programs by what each token is given to look back at:
+Perplexity is exp of the mean negative log-probability per token. Values of one text differ
+between programs by the context that each token is predicted from:
 
 | who                      | windows           | scored in each                             |
 |--------------------------|-------------------|--------------------------------------------|
@@ -19,26 +15,32 @@ Values of one text differ between programs by what each token is given to look b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mia.arrays import Array
 from mia.edits import Edit
 from mia.errors import UsageError
 from mia.measure.losses import TokenLoss
-from mia.request import Request
+from mia.methods.changes import Changes
+from mia.notices import notice
+from mia.progress import Progress, step
+from mia.request import Request, one_or_more
+from mia.show.report import Report
+from mia.show.text import rounded
 
 if TYPE_CHECKING:
+    from mia.io.provenance import ModelFacts
     from mia.model import Model
-    from mia.progress import Progress
 
-Array = npt.NDArray[np.float32]
 
-#: logit rows held at a time
+#: logit rows in memory at a time
 _BLOCK = 64
+#: tokens of a window
+WINDOW = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,31 +66,32 @@ def perplexity(
     model: Model,
     tokens: Sequence[int],
     *,
-    edits: Sequence[Edit] = (),
-    window: int = 256,
+    edits: Edit | Sequence[Edit] = (),
+    window: int = WINDOW,
     stride: int | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of a text, in windows of as many tokens as the context allows, up to `window`.
 
     A BOS that the text begins with is put before every window. Windows do not overlap, and the
-    first token of each is not scored; so the tokens after it have little to look back at.
+    first token of each is not scored, so the tokens after it are predicted from little context.
 
     Args:
-        stride: windows begin so many tokens after one another, and all but the first score
-            only their last `stride` tokens (the last window those that are left).
+        stride: each window begins this many tokens after the one before, and all but the first
+            score only their last `stride` tokens (the last window those that are left).
 
     Raises:
         UsageError: fewer than two tokens, a window of less than two, a stride longer than a
-            window, or edits at some tokens only of a text of several windows.
+            window, or token-specific edits of a text of several windows.
     """
     if len(tokens) < 2 or window < 2:
         raise UsageError(f"a perplexity needs two tokens; there are {min(len(tokens), window)}")
+    edits = one_or_more(edits, Edit)
     window = min(window, model.n_ctx)
     windows = _windows(list(tokens), window, model.bos_token, stride)
     if len(windows) > 1 and any(e.tokens is not None for e in edits):
         raise UsageError(
-            f"changes at some tokens only need a text of one window; {len(tokens)} tokens are "
+            f"token-specific edits need a text that fits in one window; {len(tokens)} tokens are "
             f"{len(windows)} windows of up to {window}"
         )
     requests = [r for w, n_scored in windows for r in _requests(w, n_scored, edits)]
@@ -137,68 +140,91 @@ def _requests(tokens: Sequence[int], n_scored: int, edits: Sequence[Edit]) -> li
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class LayerSweep:
-    """Steered over plain perplexity by injection layer.
+# -- the experiment ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class PerplexityReport(Report):
+    """The perplexity of a text, plain and under changes.
 
     Attributes:
-        layers: (n_layers,) list.
-        log_ratio: (n_layers, n_texts) natural log of the ratio of each text.
-        skipped: texts left out, having less than two tokens.
+        n_tokens: of the text.
+        changed: under the changes, if there are any.
+        about: what the document says of the changes.
     """
 
-    layers: list[int]
-    log_ratio: Array
-    skipped: int = 0
+    facts: ModelFacts
+    n_tokens: int
+    unchanged: Perplexity
+    changed: Perplexity | None
+    stride: int | None
+    about: dict[str, Any]
 
     @property
-    def n_texts(self) -> int:
-        return int(self.log_ratio.shape[1])
+    def ratio(self) -> float | None:
+        """Changed over unchanged."""
+        return None if self.changed is None else self.changed.value / self.unchanged.value
 
-    @property
-    def ratio(self) -> Array:
-        """(n_layers,) geometric mean over texts."""
-        return np.exp(self.log_ratio.mean(1))
+    def document(self) -> dict[str, Any]:
+        p = self.unchanged
+        document = {
+            "model": self.facts.document(),
+            "n_tokens": self.n_tokens,
+            "n_scored": len(p.nll),
+            "window": p.window,
+            "stride": self.stride,
+            "n_windows": p.n_windows,
+            "perplexity": rounded(p.value),
+            **self.about,
+        }
+        if self.changed is not None:
+            document |= {"changed": rounded(self.changed.value), "ratio": rounded(self.ratio)}
+        return document
 
-    def interval(self, rng: np.random.Generator, n: int = 1000) -> Array:
-        """(n_layers, 2) 95 % interval of the mean, by bootstrap over texts."""
-        picks = rng.integers(0, self.log_ratio.shape[1], (n, self.log_ratio.shape[1]))
-        means = self.log_ratio[:, picks].mean(-1)  # (n_layers, n)
-        return np.exp(np.percentile(means, [2.5, 97.5], axis=1).T).astype(np.float32)
+    def rows(self) -> list[dict[str, Any]]:
+        """The loss of each token that was scored, in nats."""
+        columns = {"nll": self.unchanged.nll.tolist()}
+        if self.changed is not None:
+            columns["nll_changed"] = self.changed.nll.tolist()
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def plain(self) -> str:
+        p = self.unchanged
+        windows = f", {p.n_windows} windows of up to {p.window}" if p.n_windows > 1 else ""
+        text = f"perplexity {p.value:.3f} over {len(p.nll)} tokens{windows}"
+        if self.changed is None:
+            return text
+        return f"{text}\nchanged    {self.changed.value:.3f}, {self.ratio:.3f} times as much"
 
 
-def by_layer(
+def measure(
     model: Model,
-    texts: Sequence[Sequence[int]],
-    edits: Callable[[int, int], Sequence[Edit]],
-    layers: Sequence[int],
+    text: str | Sequence[int],
+    changes: Changes | None = None,
     *,
-    progress: Progress | None = None,
-) -> LayerSweep:
-    """How steering at each layer changes the perplexity of each text, in one call of the model.
+    window: int = WINDOW,
+    stride: int | None = None,
+) -> PerplexityReport:
+    """The perplexity of a text, and under changes if there are any; see `perplexity`.
 
     Args:
-        edits: (layer, n_tokens) -> the edits of a text of so many tokens.
+        text: a text or token ids.
 
     Raises:
-        UsageError: no text has two tokens, or one is longer than the context.
+        UsageError: as `perplexity`, or changes that do not fit.
     """
-    for i, tokens in enumerate(texts):
-        if len(tokens) > model.n_ctx:
-            raise UsageError(f"text {i} has {len(tokens)} tokens; the context holds {model.n_ctx}")
-    ready = [t for t in texts if len(t) > 1]
-    if not ready:
-        raise UsageError("no text has two tokens to score")
-    requests, at = [], []
-    for i, layer in enumerate([None, *layers]):
-        for j, tokens in enumerate(ready):
-            made = () if layer is None else edits(layer, len(tokens))
-            targets = np.asarray(tokens[1:])
-            requests.append(
-                Request(tokens, made, logits=slice(0, len(tokens) - 1), metric=TokenLoss(targets))
+    ids, changes = model.ids(text), changes or Changes()
+    steering, about = changes.steering(model)
+    edits = [*changes.prompt_edits(model, ids), *steering]
+    if window > model.n_ctx:
+        notice(f"window reduced to the context size, {model.n_ctx}")
+    # the changed one first: what cannot be measured is refused before any work
+    changed = None
+    if edits:
+        with step("reading, changed") as bar:
+            changed = perplexity(
+                model, ids, edits=edits, window=window, stride=stride, progress=bar
             )
-            at.append((i, j))
-    nll = np.empty((len(layers) + 1, len(ready)))
-    for (i, j), r in zip(at, model.run(requests, progress=progress), strict=True):
-        nll[i, j] = r.value.mean()
-    return LayerSweep(list(layers), (nll[1:] - nll[0]).astype(np.float32), len(texts) - len(ready))
+    with step("reading") as bar:
+        unchanged = perplexity(model, ids, window=window, stride=stride, progress=bar)
+    return PerplexityReport(model.facts, len(ids), unchanged, changed, stride, about)

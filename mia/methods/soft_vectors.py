@@ -1,5 +1,9 @@
 """Soft task vectors: every head blended with its mean over in-context prompts.
 
+    ex = experiment(model, "antonym", TaskSetup(seed=10))
+    report = train(ex, file="antonym.safetensors")
+    print(evaluate_task(model, "antonym", "antonym.safetensors", TaskSetup(seed=10)))
+
 Sources: Hojel et al. 2024, Finding Visual Task Vectors (arXiv 2404.05729): REINFORCE on hard
 gates; Soft Injection of Task Embeddings 2025 (arXiv 2507.20906) and jacknewsom/task_vectors:
 one weight in [0, 1] for each head, by gradients.
@@ -8,87 +12,59 @@ one weight in [0, 1] for each head, by gradients.
 |-------------------------------|------------------------------------------------------------|
 | a_lj, task mean m             | `SoftVector.means`, (n_layer, n_head, head_dim)            |
 | w, α, one weight per head     | `SoftVector.weights`, (n_layer, n_head)                    |
-| h' = h(1 - w) + m·w           | `edits`: one `blend` per layer at the last token of a      |
-|                               | zero-shot prompt                                           |
-| z ~ Bernoulli(σ(θ)), Hojel   | `optimisers.Reinforce`: hard gates, ranked rewards, Adam   |
+| h' = h(1 - w) + m·w           | `SoftVector.edits`: one `blend` per layer at the last      |
+|                               | token of a zero-shot prompt                                |
+| z ~ Bernoulli(σ(θ)), Hojel    | `optimisers.Reinforce`: hard gates, ranked rewards, Adam   |
 | gradient descent on w         | llama.cpp has no gradients: `optimisers.Evolution` or `Cma` |
 
-One *evaluation* is one candidate w on one minibatch of training queries; its reward is
-the mean log-probability of the right answer's first token. All candidates of a step are
-the requests of one run. After every few steps the current w is tried on dev; the best one
-there is kept, and training stops when none was better for `patience` such tries.
+One *evaluation* is one candidate w on one minibatch of training queries. Its reward is the
+mean log-probability of the right answer's first token. All candidates of a step are the
+requests of one run. After every few steps the current w is tried on dev. The best w on dev
+is kept, and training stops after `patience` tries without a better one.
 
-Where we deviate from Hojel: the reward is a log-probability, the gates' start is a run of
-layers (`_best_start`), and what is kept are thresholded gates, or the soft weights themselves if
+Deviations from Hojel: the reward is a log-probability, the gates start in a run of layers
+(`_best_start`), and what is kept are thresholded gates, or the soft weights themselves if
 those do better on dev.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from mia.edits import Edit
+from mia.arrays import Array, Floats, IntArray
+from mia.datasets.tasks import Task
 from mia.errors import FileError, RangeError, UsageError
-from mia.io.provenance import file_metadata
-from mia.measure.estimates import Accuracy
-from mia.methods.icl import IclExperiment, IclPrompt
+from mia.methods import task_vectors
+from mia.methods.icl import IclExperiment, IclPrompt, Match, TaskSetup, experiment
+from mia.methods.icl_reports import check_saved, vector_metadata
 from mia.methods.optimisers import OPTIMISERS
-from mia.sites import Site
+from mia.methods.soft_vector_reports import (
+    SoftVector as SoftVector,
+    SoftVectorRow,
+    SoftVectorScores as SoftVectorScores,
+    SoftVectorTable,
+    SoftVectorTraining as SoftVectorTraining,
+    Step as Step,
+    TrainedSoftVector,
+    blend_edits as blend_edits,
+)
+from mia.progress import step
 
 if TYPE_CHECKING:
     from mia.model import Model
+    from mia.progress import Progress
 
-Array = npt.NDArray[np.float32]
-Floats = npt.NDArray[np.float64]
 
 #: starts that are tried on further minibatches, and on how many
 _STARTS, _START_ROUNDS = 8, 3
-#: weights below this leave a head alone, so that its layer need not run again
-_NONE = 1e-3
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class SoftVector:
-    """A task as a blend of heads.
-
-    Attributes:
-        means: (n_layer, n_head, head_dim) head outputs with examples.
-        weights: (n_layer, n_head) in [0, 1].
-        metadata: where it came from.
-    """
-
-    means: Array
-    weights: Floats
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    def edits(self) -> list[Edit]:
-        return blend_edits(self.means, self.weights)
-
-    @property
-    def n_active(self) -> int:
-        return int((self.weights >= _NONE).sum())
-
-    def save(self, path: str | Path) -> None:
-        """Writes safetensors. Raises `FileError`."""
-        from safetensors.numpy import save_file
-
-        from mia.io.files import write_whole
-
-        arrays = {"means": self.means, "weights": self.weights.astype(np.float32)}
-        write_whole(
-            path, lambda p: save_file(arrays, p, metadata={**self.metadata, "kind": "soft vector"})
-        )
 
 
 def load(path: str | Path) -> SoftVector:
-    """Reads one. Raises `FileError` where the file is none."""
+    """Reads a soft vector. Raises `FileError` if the file holds none."""
     from safetensors import safe_open
 
     if not Path(path).is_file():
@@ -101,14 +77,14 @@ def load(path: str | Path) -> SoftVector:
         raise FileError(f"{path} is not a safetensors file: {err}") from err
     means, weights = arrays.get("means"), arrays.get("weights")
     if means is None or weights is None or means.ndim != 3 or means.shape[:2] != weights.shape:
-        raise FileError(f"{path} is not a soft vector (mia soft-vector train makes one)")
+        raise FileError(f"{path} is not a soft vector (mia.methods.soft_vectors.train makes one)")
     if not (np.isfinite(means).all() and (weights >= 0).all() and (weights <= 1).all()):
         raise FileError(f"{path} has weights outside [0, 1], or numbers that are not finite")
     return SoftVector(means.astype(np.float32), weights.astype(np.float64), metadata)
 
 
 def check(soft: SoftVector, model: Model) -> None:
-    """Raises `UsageError` where it does not fit a model."""
+    """Raises `UsageError` if a soft vector does not fit a model."""
     have, need = soft.means.shape, (model.n_layer, model.n_head, model.head_dim)
     if have != need:
         raise UsageError(
@@ -117,122 +93,85 @@ def check(soft: SoftVector, model: Model) -> None:
         )
 
 
-def blend_edits(means: Array, weights: Floats) -> list[Edit]:
-    """Head outputs at the last token blended with means by weights (n_layer, n_head); layers
-    without any weight are left alone."""
-    out = []
-    for layer in np.flatnonzero((weights >= _NONE).any(1)).tolist():
-        value, w = means[layer].reshape(-1), np.clip(weights[layer], 0, 1)
-        out.append(Edit(Site("head_out", layer), "blend", value, tokens=-1, coeff=w))
-    return out
-
-
 # -- training ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Training:
-    """How to train.
-
-    Attributes:
-        evaluations: candidates times minibatches, at most.
-        population: candidates of a step.
-        batch: training queries of a minibatch, the same for all candidates of a step.
-        every: steps between two tries on dev; patience: tries without a better one.
-        prompts: prompts with examples that the means are over.
-        start: w that a head begins with; None for the best of several on training queries.
-    """
-
-    optimiser: str = "reinforce"
-    evaluations: int = 2000
-    population: int = 32
-    batch: int = 16
-    every: int = 5
-    patience: int = 5
-    prompts: int = 100
-    start: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.optimiser not in OPTIMISERS:
-            raise UsageError(
-                f"unknown optimiser {self.optimiser!r}; known: {', '.join(OPTIMISERS)}"
-            )
-        for name in ("evaluations", "population", "batch", "every", "patience", "prompts"):
-            if getattr(self, name) < 1:
-                raise RangeError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.start is not None and not 0 <= self.start <= 1:
-            raise RangeError(f"start {self.start} is not in [0, 1]")
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A point of the learning curve. `dev` and `dev_logprob` are None between two tries."""
-
-    evaluations: int
-    reward: float
-    best_reward: float
-    dev: float | None = None
-    dev_logprob: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    soft: SoftVector
-    curve: tuple[Step, ...]
-    evaluations: int
-    dev: float
 
 
 def train(
     ex: IclExperiment,
-    how: Training | None = None,
+    how: SoftVectorTraining | None = None,
     *,
-    progress: Callable[[int, int], None] | None = None,
-) -> Trained:
-    """Learns one weight per head. Examples and training queries come from the training part."""
-    how = how or Training()
+    file: str | Path | None = None,
+) -> TrainedSoftVector:
+    """Learns one weight per head. Examples and training queries come from the training part.
+
+    Args:
+        file: where to save the soft vector, .safetensors.
+    """
+    how = how or SoftVectorTraining()
     m = ex.model
-    means = ex.means("head_out", ex.dummies(how.prompts)).reshape(m.n_layer, m.n_head, -1)
-    dev = ex.zero_shot(ex.dev)
+    with ex.step("mean head outputs of"):
+        means = ex.means("head_out", ex.dummies(how.prompts)).reshape(m.n_layer, m.n_head, -1)
+    keeper = _Keeper(ex, means, ex.zero_shot(ex.dev))
+    with step(f"training {ex.task.name}") as bar:
+        curve, spent = _search(ex, means, keeper, how, bar)
+    metadata = vector_metadata(
+        ex,
+        f"soft vector: head_out at the last token, blended; {how.optimiser}",
+        evaluations=str(spent),
+    )
+    soft = SoftVector(means, keeper.weights.reshape(m.n_layer, m.n_head), metadata)
+    if file is not None:
+        soft.save(file)
+    return TrainedSoftVector(
+        m.facts,
+        ex.facts,
+        how,
+        soft,
+        tuple(curve),
+        spent,
+        keeper.best[0],
+        None if file is None else str(file),
+    )
+
+
+def _search(
+    ex: IclExperiment,
+    means: Array,
+    keeper: _Keeper,
+    how: SoftVectorTraining,
+    progress: Progress | None,
+) -> tuple[list[Step], int]:
+    """The learning curve, and how many evaluations were spent. `keeper` has the best weights."""
     queries = ex.zero_shot(ex.train)
     rng = ex.rng(f"soft {how.optimiser}")
-    keeper = _Keeper(ex, means, dev)
     spent = 0
     if how.start is None:
         start, spent = _best_start(ex, means, queries, how, rng)
     else:
-        start = np.full(m.n_layer * m.n_head, how.start)
+        start = np.full(means.shape[0] * means.shape[1], how.start)
     keeper.offer([start])
     optimiser = OPTIMISERS[how.optimiser](start, rng, population=how.population)
     curve: list[Step] = []
-    waited = step = 0
-    while waited < how.patience:
+    failures = n_steps = 0
+    while failures < how.patience:
         candidates = optimiser.ask()
         if spent + len(candidates) > how.evaluations:
             break
-        chosen = rng.permutation(len(queries))[: how.batch].tolist()
-        rewards = _rewards(ex, means, [queries[i] for i in chosen], candidates)
+        batch = rng.permutation(len(queries))[: how.batch].tolist()
+        rewards = _rewards(ex, means, [queries[i] for i in batch], candidates)
         optimiser.tell(rewards)
         spent += len(candidates)
-        step += 1
-        tried: tuple[float, float] | None = None
-        if step % how.every == 0:
-            tried, better = keeper.offer(optimiser.current())
-            waited = 0 if better else waited + 1
-        curve.append(Step(spent, float(rewards.mean()), float(rewards.max()), *(tried or ())))
+        n_steps += 1
+        on_dev: tuple[float, float] | None = None
+        if n_steps % how.every == 0:
+            on_dev, better = keeper.offer(optimiser.current())
+            failures = 0 if better else failures + 1
+        curve.append(Step(spent, float(rewards.mean()), float(rewards.max()), *(on_dev or ())))
         if progress is not None:
             progress(spent, how.evaluations)
-    if step % how.every:
+    if n_steps % how.every:
         keeper.offer(optimiser.current())
-    facts = {
-        "name": ex.task.name,
-        "method": f"soft vector: head_out at the last token, blended; {how.optimiser}",
-        "evaluations": str(spent),
-        **{k: v if isinstance(v, str) else json.dumps(v) for k, v in ex.facts.items()},
-        **file_metadata(m),
-    }
-    soft = SoftVector(means, keeper.weights.reshape(m.n_layer, m.n_head), facts)
-    return Trained(soft, tuple(curve), spent, keeper.best[0])
+    return curve, spent
 
 
 class _Keeper:
@@ -243,20 +182,20 @@ class _Keeper:
         self.best = (-1.0, -np.inf)
         self.weights: Floats = np.empty(0)
 
-    def offer(self, offered: Sequence[Floats]) -> tuple[tuple[float, float], bool]:
-        """(accuracy, log-probability) of the best offered, and whether it is the best so far."""
+    def offer(self, candidates: Sequence[Floats]) -> tuple[tuple[float, float], bool]:
+        """(accuracy, log-probability) of the best candidate, and whether it is the best so far."""
         scores = self.ex.scores(
-            self.dev, [blend_edits(self.means, self._shaped(w)) for w in offered]
+            self.dev, [blend_edits(self.means, self._shaped(w)) for w in candidates]
         )
-        found = [
+        pairs = [
             (float(c), float(p))
             for c, p in zip(scores.correct.mean(1), scores.logprob.mean(1), strict=True)
         ]
-        top = max(range(len(found)), key=lambda i: found[i])
-        better = found[top] > self.best
+        top = max(range(len(pairs)), key=lambda i: pairs[i])
+        better = pairs[top] > self.best
         if better:
-            self.best, self.weights = found[top], offered[top].copy()
-        return found[top], better
+            self.best, self.weights = pairs[top], candidates[top].copy()
+        return pairs[top], better
 
     def _shaped(self, w: Floats) -> Floats:
         return w.reshape(self.means.shape[:2])
@@ -275,13 +214,13 @@ def _best_start(
     ex: IclExperiment,
     means: Array,
     queries: list[IclPrompt],
-    how: Training,
+    how: SoftVectorTraining,
     rng: np.random.Generator,
 ) -> tuple[Floats, int]:
-    """Weights that are the same in a run of layers and nothing outside of it, and how many
-    evaluations it took to find them. Which layers, and how much, is tried on training queries:
-    all on one minibatch, the best few on more. Task vectors say why: the residual at one layer
-    can hold the task, and what is above reads the query."""
+    """Weights that are equal in a run of layers and 0 outside of it, and how many evaluations it
+    took to find them. Runs and weights are tried on training queries: all on one minibatch, the
+    best of them on more. Task vectors suggest such a start: the residual at one layer can hold
+    the task, and the layers above read the query."""
     n_layer, n_head = means.shape[:2]
     firsts = sorted({round(n_layer * f / 5) for f in range(3)})
     ends = sorted({max(1, round(n_layer * f / 15)) for f in range(7, 16)})
@@ -291,22 +230,22 @@ def _best_start(
         grid[a:b] = w
     candidates = grids.reshape(len(runs), -1)
 
-    def rewards(which: npt.NDArray[np.intp]) -> Floats:
-        chosen = rng.permutation(len(queries))[: how.batch].tolist()
-        return _rewards(ex, means, [queries[i] for i in chosen], candidates[which])
+    def rewards(which: IntArray) -> Floats:
+        batch = rng.permutation(len(queries))[: how.batch].tolist()
+        return _rewards(ex, means, [queries[i] for i in batch], candidates[which])
 
     best = np.arange(len(runs))[: how.evaluations]
-    found, spent = rewards(best), len(best)
+    totals, spent = rewards(best), len(best)
     for _ in range(_START_ROUNDS):
-        kept = np.argsort(-found, kind="stable")[:_STARTS]
+        kept = np.argsort(-totals, kind="stable")[:_STARTS]
         if spent + len(kept) > how.evaluations:
             break
-        best, found = best[kept], found[kept] + rewards(best[kept])
+        best, totals = best[kept], totals[kept] + rewards(best[kept])
         spent += len(kept)
-    return candidates[best[found.argmax()]], spent
+    return candidates[best[totals.argmax()]], spent
 
 
-# -- afterwards --------------------------------------------------------------------
+# -- evaluation --------------------------------------------------------------------
 
 
 def sparsify(ex: IclExperiment, soft: SoftVector, *, keep: float = 0.95) -> SoftVector:
@@ -318,33 +257,59 @@ def sparsify(ex: IclExperiment, soft: SoftVector, *, keep: float = 0.95) -> Soft
     if not n:
         return soft
     counts = sorted({min(n, round(2 ** (i / 2))) for i in range(2 * n.bit_length() + 1)})
-    variants = []
+    candidates = []
     for count in counts:
         w = np.zeros(soft.weights.size)
         w[order[:count]] = soft.weights.ravel()[order[:count]]
-        variants.append(w.reshape(soft.weights.shape))
-    scores = ex.scores(ex.zero_shot(ex.dev), [blend_edits(soft.means, w) for w in variants])
+        candidates.append(w.reshape(soft.weights.shape))
+    with ex.step("fewest heads of"):
+        scores = ex.scores(ex.zero_shot(ex.dev), [blend_edits(soft.means, w) for w in candidates])
     right = scores.correct.mean(1)
     enough = next(i for i, a in enumerate(right) if a >= keep * right[-1])
     metadata = {**soft.metadata, "sparsified": f"{counts[enough]} of {n} heads, {keep:g} of dev"}
-    return SoftVector(soft.means, variants[enough], metadata)
+    return SoftVector(soft.means, candidates[enough], metadata)
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Accuracy on the test part."""
+def evaluate(ex: IclExperiment, soft: SoftVector, *, match: Match = "first") -> SoftVectorScores:
+    """Accuracies of one task, on its test part.
 
-    zero_shot: Accuracy
-    icl: Accuracy
-    soft: Accuracy
-
-
-def evaluate(ex: IclExperiment, soft: SoftVector, *, match: str = "first") -> Evaluation:
-    """Raises `UsageError` where the soft vector does not fit the model."""
+    Raises `UsageError` if the soft vector does not fit the model."""
     check(soft, ex.model)
     zero = ex.zero_shot(ex.test)
-    return Evaluation(
-        ex.accuracy(zero, match=match),
-        ex.accuracy(ex.few_shot(ex.test), match=match),
-        ex.accuracy(zero, soft.edits(), match=match),
-    )
+    with ex.step("evaluating"):
+        return SoftVectorScores(
+            ex.accuracy(zero, match=match),
+            ex.accuracy(ex.few_shot(ex.test), match=match),
+            ex.accuracy(zero, soft.edits(), match=match),
+        )
+
+
+def evaluate_task(
+    model: Model,
+    task: str | Path | Task,
+    file: str | Path,
+    setup: TaskSetup | None = None,
+    *,
+    keep: float | None = None,
+    compare: bool = False,
+    match: Match = "first",
+) -> SoftVectorTable:
+    """Accuracies without examples, with them, and with a saved soft vector in their place.
+
+    Args:
+        keep: also with the fewest heads that keep this share of the accuracy on dev.
+        compare: also with a task vector, trained here (`mia.methods.task_vectors`).
+
+    Raises `UsageError` if the file is from an incompatible model."""
+    soft = load(file)
+    check(soft, model)
+    ex = experiment(model, task, setup)
+    check_saved(soft.metadata, str(file), ex, "soft vector")
+    rows = [SoftVectorRow("soft vector", soft, evaluate(ex, soft, match=match))]
+    if keep is not None:
+        sparse = sparsify(ex, soft, keep=keep)
+        rows.append(SoftVectorRow("sparse", sparse, evaluate(ex, sparse, match=match)))
+    plain = None
+    if compare:
+        plain = task_vectors.evaluate(ex, task_vectors.train(ex), match=match).vector
+    return SoftVectorTable(model.facts, ex.facts, match, str(file), rows, plain)

@@ -1,43 +1,68 @@
 """Task vectors: Hendel et al. 2023, In-Context Learning Creates Task Vectors (arXiv 2310.15916).
 
+    setup = TaskSetup(seed=10)
+    report = train_many(model, ["antonym"], setup, files=["antonym.safetensors"])
+    print(evaluate_tasks(model, ["antonym"], setup, SavedTaskVector("antonym.safetensors")))
+
 | paper                 | here                                                                  |
 |-----------------------|-----------------------------------------------------------------------|
-| S, demonstrations     | examples, `IclExperiment.shots` of them                                   |
-| x', dummy query       | `dummies` of them, from the training part, none among the examples    |
+| S, demonstrations     | examples, `IclExperiment.shots` of them                               |
+| x', dummy query       | `TaskVectorTraining.dummies` of them, from the training part, none    |
+|                       | among the examples                                                    |
 | A, learning           | the prompt's last token up to block L: `resid_post.L` there           |
-| θ(S), task vector     | `TaskVector.vector[L]`, the mean over the dummies                      |
-| f(x; θ), application  | `edits`: θ in the place of `resid_post.L` at the last token of a       |
-|                       | zero-shot prompt                                                      |
-| L chosen on dev       | `extract`: best of all layers on the dev part                         |
+| θ(S), task vector     | `TaskVector.vector[L]`, the mean over the dummies                     |
+| f(x; θ), application  | `TaskVector.edits`: θ in place of `resid_post.L` at the last token of |
+|                       | a zero-shot prompt                                                    |
+| L chosen on dev       | `train`: best of all layers on the dev part                           |
 | conflicting tasks     | `conflict`, section 5.2                                               |
 
-Where we deviate: the paper takes a new S and a single x' for each test query; here θ is
-the mean over several x' that are answered right, and serves all test queries. Several
-sets S are tried, and means over the best of them; the dev part chooses among these
-together with the layer. Our layer counts from zero and means the end of that block.
+Deviations: the paper takes a new S and a single x' for each test query. Here θ is the mean
+over several x' that are answered right, and serves all test queries. Several sets S are
+tried, and means over the best of them; set and layer are chosen together on the dev part.
+Layers count from zero; layer L means the end of block L.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from mia.datasets.tasks import draw
-from mia.edits import Edit
+from mia.arrays import Array, Floats
+from mia.datasets.tasks import Task, draw
 from mia.errors import RangeError, UsageError
-from mia.io.provenance import file_metadata
-from mia.measure.estimates import Accuracy, accuracy, pooled
-from mia.methods.icl import IclExperiment, IclPrompt, mean_of_right
-from mia.sites import Site
+from mia.measure.estimates import accuracy
+from mia.methods.icl import (
+    IclExperiment,
+    IclPrompt,
+    Match,
+    Tasks,
+    TaskSetup,
+    each_task,
+    experiment,
+    mean_of_right,
+)
+from mia.methods.icl_reports import load_vector, vector_metadata
+from mia.methods.task_vector_reports import (
+    Conflict,
+    ConflictScores,
+    TaskVector as TaskVector,
+    TaskVectorRow,
+    TaskVectorScores as TaskVectorScores,
+    TaskVectorTable,
+    TrainedTaskVectors,
+    pool as pool,
+    replacement,
+)
+from mia.ranges import Ranges, parse_layers
 from mia.vectors import Vector
 
-Array = npt.NDArray[np.float32]
-Floats = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    from mia.model import Model
+
 
 #: layers at which every set of examples is tried
 _FINALISTS = 5
@@ -45,133 +70,65 @@ _FINALISTS = 5
 _MEANS = (2, 3, 4, 6, 8, 12)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class TaskVector:
-    """A task as a residual.
+# -- training ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskVectorTraining:
+    """How a task vector is trained.
 
     Attributes:
-        vector: θ at every layer tried, site `resid_post`.
-        layer: the one chosen on dev.
-        dev: accuracy on dev by layer, (n_layers,), in the order of `vector.layers`.
-        dev_by_set: the best over layers for each set of examples, (n_sets,).
-        sets: those that `vector` is the mean over.
-    """
-
-    vector: Vector
-    layer: int
-    dev: Floats
-    dev_by_set: Floats
-    sets: tuple[int, ...]
-
-    def edits(self, layer: int | None = None) -> list[Edit]:
-        """θ in the place of the last token's residual."""
-        i = self.layer if layer is None else layer
-        return [Edit(Site("resid_post", i), "replace", self.vector[i], tokens=-1)]
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Accuracy on the test part: without examples, with them, and with the vector instead.
-
-    Attributes:
-        vector_given_icl: with the vector, of the queries that are answered right with
-            examples (Todd et al. 2023 count so); None where there are none.
-        by_layer: with the vector of each layer, where that was asked for.
-        asked, known: inputs of the test part, and those answered right with examples.
-    """
-
-    zero_shot: Accuracy
-    icl: Accuracy
-    vector: Accuracy
-    vector_given_icl: Accuracy | None
-    layer: int
-    by_layer: dict[int, Accuracy]
-    asked: frozenset[str]
-    known: frozenset[str]
-
-
-def pool(found: Sequence[Evaluation]) -> Evaluation:
-    """Several test parts as one; `layer` is the first's. Their queries may overlap."""
-    asked = frozenset().union(*(e.asked for e in found))
-    known = frozenset().union(*(e.known for e in found))
-    given = [e.vector_given_icl for e in found if e.vector_given_icl is not None]
-    return Evaluation(
-        pooled([e.zero_shot for e in found], len(asked)),
-        pooled([e.icl for e in found], len(asked)),
-        pooled([e.vector for e in found], len(asked)),
-        pooled(given, len(known)) if given else None,
-        found[0].layer,
-        {
-            i: pooled([e.by_layer[i] for e in found], len(asked))
-            for i in found[0].by_layer
-            if all(i in e.by_layer for e in found)
-        },
-        asked,
-        known,
-    )
-
-
-def extract(
-    ex: IclExperiment,
-    *,
-    sets: int = 16,
-    dummies: int = 8,
-    layers: Sequence[int] | None = None,
-) -> TaskVector:
-    """θ of a task, its layer and set of examples chosen on the dev part.
-
-    All layers are tried with the mean over all sets; each set then at the best five of them,
-    and so are the means over the best two, four, eight … sets.
-
-    Args:
         sets: how many sets of examples are tried.
         dummies: queries that each set's θ is the mean over.
-        layers: those tried; by default all.
-
-    Raises:
-        RangeError: fewer than one set or dummy, or a layer out of range.
+        layers: the layers tried (`mia.ranges`); None for all.
     """
-    model = ex.model
-    if sets < 1 or dummies < 1:
-        raise RangeError(
-            f"{sets} sets of {dummies} dummy queries are not possible; at least 1 of 1"
-        )
-    tried = list(range(model.n_layer)) if layers is None else list(layers)
-    for i in tried:
-        if not 0 <= i < model.n_layer:
+
+    sets: int = 16
+    dummies: int = 8
+    layers: Ranges | None = None
+
+    def __post_init__(self) -> None:
+        if self.sets < 1 or self.dummies < 1:
             raise RangeError(
-                f"layer {i} is out of range; {model.name} has 0 to {model.n_layer - 1}"
+                f"sets and dummies must be at least 1, got {self.sets} and {self.dummies}"
             )
-    each = _thetas(ex, sets, dummies)  # (n_sets, n_layer, n_embd)
-    zero = ex.zero_shot(ex.dev)
-    first = _on_dev(ex, zero, each.mean(0, keepdims=True), tried)[0]  # (n_tried, 2)
-    few = [tried[n] for n in _best_first(first)[:_FINALISTS]]
-    by_set = _on_dev(ex, zero, each, few)  # (n_sets, n_few, 2)
-    ranked = _best_first(by_set.max(1))
-    counts = [k for k in _MEANS if k < sets] + [sets] * (sets > 1)
-    means = np.array([each[ranked[:k]].mean(0) for k in counts]).reshape(-1, *each.shape[1:])
-    candidates = np.concatenate([each, means])
-    found = np.concatenate([by_set, _on_dev(ex, zero, means, few)]) if len(means) else by_set
-    c, n = divmod(_best_first(found.reshape(-1, 2))[0], len(few))
-    theta, layer = candidates[c], few[n]
-    dev = _on_dev(ex, zero, theta[None], tried)[0, :, 0]
+
+
+def train(ex: IclExperiment, how: TaskVectorTraining | None = None) -> TaskVector:
+    """θ of a task, with layer and sets of examples chosen on the dev part.
+
+    All layers are tried with the mean over all sets. Then every set is tried at the best five
+    layers, and so are the means over the best two, three, four … sets.
+
+    Raises `RangeError` for a layer out of range."""
+    how = how or TaskVectorTraining()
+    model, sets = ex.model, how.sets
+    layers = parse_layers("*" if how.layers is None else how.layers, model.n_layer)
+    with ex.step("vector of"):
+        by_set = _thetas(ex, sets, how.dummies)  # (n_sets, n_layer, n_embd)
+        zero = ex.zero_shot(ex.dev)
+        first = _on_dev(ex, zero, by_set.mean(0, keepdims=True), layers)[0]  # (n_layers, 2)
+        finalists = [layers[n] for n in _best_first(first)[:_FINALISTS]]
+        of_sets = _on_dev(ex, zero, by_set, finalists)  # (n_sets, n_finalists, 2)
+        ranked = _best_first(of_sets.max(1))
+        counts = [k for k in _MEANS if k < sets] + [sets] * (sets > 1)
+        means = np.array([by_set[ranked[:k]].mean(0) for k in counts])
+        means = means.reshape(-1, *by_set.shape[1:])  # (n_counts, n_layer, n_embd)
+        of_means = _on_dev(ex, zero, means, finalists)
+        scores = np.concatenate([of_sets, of_means])
+        c, n = divmod(_best_first(scores.reshape(-1, 2))[0], len(finalists))
+        theta, layer = np.concatenate([by_set, means])[c], finalists[n]
+        dev = _on_dev(ex, zero, theta[None], layers)[0, :, 0]
+    metadata = vector_metadata(
+        ex,
+        "task vector: resid_post at the last token, to be replaced",
+        layer=str(layer),
+        sets=str(sets),
+        dummies=str(how.dummies),
+    )
+    vector = Vector({i: theta[i] for i in layers}, "resid_post", metadata)
     used = ranked[: counts[c - sets]] if c >= sets else [c]
-    metadata = {
-        "name": ex.task.name,
-        "method": "task vector: resid_post at the last token, to be replaced",
-        "layer": str(layer),
-        "sets": str(sets),
-        "dummies": str(dummies),
-        **{k: v if isinstance(v, str) else json.dumps(v) for k, v in ex.facts.items()},
-        **file_metadata(model),
-    }
-    vector = Vector({i: theta[i] for i in tried}, "resid_post", metadata)
-    return TaskVector(vector, layer, dev, by_set[:, :, 0].max(1), tuple(used))
-
-
-def _replace(theta: Array, layer: int) -> list[Edit]:
-    """θ (n_layer, n_embd) of one layer in the place of the last token's residual."""
-    return [Edit(Site("resid_post", layer), "replace", theta[layer], tokens=-1)]
+    return TaskVector(vector, layer, dev, of_sets[:, :, 0].max(1), tuple(used))
 
 
 def _on_dev(
@@ -180,7 +137,7 @@ def _on_dev(
     """(n_thetas, n_layers, 2): accuracy and mean log-probability on dev."""
     if not len(thetas):
         return np.empty((0, len(layers), 2))
-    scores = ex.scores(zero, [_replace(theta, i) for theta in thetas for i in layers])
+    scores = ex.scores(zero, [[replacement(theta[i], i)] for theta in thetas for i in layers])
     both = np.stack([scores.correct.mean(1), scores.logprob.mean(1)], 1)
     return both.reshape(len(thetas), len(layers), 2)
 
@@ -192,7 +149,7 @@ def _best_first(both: Floats) -> list[int]:
 
 def _thetas(ex: IclExperiment, sets: int, dummies: int) -> Array:
     """(n_sets, n_layer, n_embd): means over the dummies that are answered right, or over all
-    where none is."""
+    if none is."""
     rng = ex.rng("sets")
     prompts = [
         ex.same_examples(draw(ex.train, ex.shots, rng), dummies, f"set {s}") for s in range(sets)
@@ -203,75 +160,151 @@ def _thetas(ex: IclExperiment, sets: int, dummies: int) -> Array:
     return np.stack([mean_of_right(part, ok) for part, ok in parts])
 
 
-def best_of(accuracies: Floats, logprobs: Floats) -> int:
-    """The place of the best accuracy; of several the one with the best mean log-probability."""
-    return int(np.lexsort((logprobs, accuracies))[-1])
+def train_many(
+    model: Model,
+    tasks: Tasks,
+    setup: TaskSetup | None = None,
+    how: TaskVectorTraining | None = None,
+    *,
+    files: str | Sequence[str] = (),
+) -> TrainedTaskVectors:
+    """Trains a vector for each task.
+
+    Args:
+        files: one for each task, written as soon as its vector is trained.
+    """
+    facts, thetas = [], []
+    files = [files] if isinstance(files, str) else files
+    for n, task in enumerate(each_task(tasks)):
+        ex = experiment(model, task, setup)
+        theta = train(ex, how)
+        if files:
+            theta.vector.save(files[n])
+        facts.append(ex.facts)
+        thetas.append(theta)
+    return TrainedTaskVectors(model.facts, facts, thetas, files)
 
 
-def load(vector: Vector, layer: int | None = None) -> TaskVector:
-    """A saved vector, at the layer that its file names unless another is given.
-
-    Raises `UsageError` where no layer is known."""
-    named = vector.metadata.get("layer", "")
-    if layer is None and not named.isdigit():
-        raise UsageError(f"{vector.name} does not say its layer; give one of its layers")
-    i = int(named) if layer is None else layer
-    vector[i]  # a clear error where it has no such layer
-    empty = np.zeros(0)
-    return TaskVector(vector, i, empty, empty, ())
+# -- evaluation --------------------------------------------------------------------
 
 
 def evaluate(
-    ex: IclExperiment, theta: TaskVector, *, by_layer: bool = False, match: str = "first"
-) -> Evaluation:
-    """The table's row of a task, on its test part."""
-    zero = ex.zero_shot(ex.test)
+    ex: IclExperiment, theta: TaskVector, *, by_layer: bool = False, match: Match = "first"
+) -> TaskVectorScores:
+    """Accuracies of one task, on its test part."""
     layers = theta.vector.layers if by_layer else [theta.layer]
-    plain, *with_vector = ex.right(zero, [[], *(theta.edits(i) for i in layers)], match=match)
-    icl = ex.right(ex.few_shot(ex.test), match=match)[0]
-    found = dict(zip(layers, with_vector, strict=True))
-    given = found[theta.layer][icl]
-    return Evaluation(
-        accuracy(plain),
+    variants = [[], *(theta.edits(i) for i in layers)]
+    with ex.step("evaluating"):
+        zero, *with_vector = ex.right(ex.zero_shot(ex.test), variants, match=match)
+        icl = ex.right(ex.few_shot(ex.test), match=match)[0]
+    right = dict(zip(layers, with_vector, strict=True))
+    given = right[theta.layer][icl]
+    return TaskVectorScores(
+        accuracy(zero),
         accuracy(icl),
-        accuracy(found[theta.layer]),
+        accuracy(right[theta.layer]),
         accuracy(given) if len(given) else None,
         theta.layer,
-        {i: accuracy(c) for i, c in found.items()} if by_layer else {},
+        {i: accuracy(c) for i, c in right.items()} if by_layer else {},
         frozenset(q.input for q in ex.test),
         frozenset(q.input for q, ok in zip(ex.test, icl, strict=True) if ok),
     )
 
 
-# -- conflict ----------------------------------------------------------------------
+def load(vector: Vector, layer: int | None = None) -> TaskVector:
+    """A saved vector, at the layer that its file names unless another is given.
+
+    Raises `UsageError` if no layer is known, or the vector does not have it."""
+    named = vector.metadata.get("layer", "")
+    if layer is None and not named.isdigit():
+        raise UsageError(f"{vector.name} does not say its layer; give one of its layers")
+    i = int(named) if layer is None else layer
+    vector[i]  # raises if it has no such layer
+    empty = np.zeros(0)
+    return TaskVector(vector, i, empty, empty, ())
 
 
 @dataclass(frozen=True, slots=True)
-class Conflict:
-    """Examples of one task, vector of another (Hendel et al., section 5.2).
+class SavedTaskVector:
+    """A vector file to evaluate; `{name}` in it stands for the task's name.
 
     Attributes:
-        shown, put: accuracy at the task of the examples and at the task of the vector, with
-            the vector; `shown_plain`, `put_plain`: the same without it.
+        layer: where to put it; None for the layer that the file names.
     """
 
-    shown: Accuracy
-    put: Accuracy
-    shown_plain: Accuracy
-    put_plain: Accuracy
+    file: str | Path
+    layer: int | None = None
 
 
-def conflict(ex: IclExperiment, theta: TaskVector, other: IclExperiment) -> Conflict:
-    """Puts another task's θ into prompts with this task's examples.
+def evaluate_tasks(
+    model: Model,
+    tasks: Tasks,
+    setup: TaskSetup | None = None,
+    how: TaskVectorTraining | SavedTaskVector | None = None,
+    *,
+    repeats: int = 1,
+    match: Match = "first",
+    by_layer: bool = False,
+) -> TaskVectorTable:
+    """Accuracies without examples, with them, and with the vector in their place.
 
     Args:
-        other: what θ was extracted with; asked about are the inputs that both tasks have, outside
-            of this task's training part and of all that θ was made or chosen with.
+        how: trains a vector for each split, or names a file.
+        repeats: pool this many splits, of following seeds.
+        by_layer: the vector of every layer too.
 
-    Raises `UsageError` where the tasks share no such input, or nothing but answers that
-    begin alike."""
-    used = {p.input for p in (*other.train, *other.dev)}
-    answers = {p.input: p for p in other.task.pairs if p.input not in used}
+    Raises `UsageError` for repeats of a saved vector: other splits have other test queries."""
+    if isinstance(how, SavedTaskVector) and repeats > 1:
+        raise UsageError("repeats train a vector for each split; a saved vector has one")
+    rows = []
+    for task in each_task(tasks):
+        first = experiment(model, task, setup)
+        scores = []
+        for repeat in range(repeats):
+            ex = first.with_seed(first.seed + repeat) if repeat else first
+            if isinstance(how, SavedTaskVector):
+                theta = load(load_vector(how.file, ex, "task vector")[0], how.layer)
+            else:
+                theta = train(ex, how)
+            scores.append(evaluate(ex, theta, by_layer=by_layer, match=match))
+        rows.append(
+            TaskVectorRow(first.facts, first.task.family, pool(scores), [s.layer for s in scores])
+        )
+    return TaskVectorTable(model.facts, match, rows)
+
+
+# -- conflict ----------------------------------------------------------------------
+
+
+def conflict(
+    model: Model,
+    task: str | Path | Task,
+    other: str | Path | Task,
+    setup: TaskSetup | None = None,
+    how: TaskVectorTraining | None = None,
+) -> Conflict:
+    """Puts the vector of another task into prompts with examples of a task: which one wins?
+
+    Raises as `put_into`."""
+    ex, source = (experiment(model, t, setup) for t in (task, other))
+    theta = train(source, how)
+    with_vector, without = put_into(ex, theta, source)
+    return Conflict(model.facts, ex.facts, source.task.name, theta.layer, with_vector, without)
+
+
+def put_into(
+    ex: IclExperiment, theta: TaskVector, source: IclExperiment
+) -> tuple[ConflictScores, ConflictScores]:
+    """Accuracies with another task's θ in prompts with this task's examples, and without it.
+
+    Args:
+        source: what θ was trained with. Queries are the inputs that both tasks have, without
+            this task's training part and all pairs that θ was trained or chosen with.
+
+    Raises `UsageError` if the tasks share no such input, or only inputs whose answers begin
+    with the same token."""
+    used = {p.input for p in (*source.train, *source.dev)}
+    answers = {p.input: p for p in source.task.pairs if p.input not in used}
     queries = [
         q
         for q in (*ex.test, *ex.dev)
@@ -279,34 +312,16 @@ def conflict(ex: IclExperiment, theta: TaskVector, other: IclExperiment) -> Conf
     ]
     if not queries:
         raise UsageError(
-            f"{ex.task.name} and {other.task.name} have no inputs in common outside the training "
+            f"{ex.task.name} and {source.task.name} have no inputs in common outside the training "
             "and dev parts whose answers differ"
         )
-    shown = ex.few_shot(queries, what="conflict")
-    put = [
+    prompts = ex.few_shot(queries, what="conflict")
+    others = [
         IclPrompt(p.examples, answers[q.input], p.tokens, ex.answers(answers[q.input]))
-        for p, q in zip(shown, queries, strict=True)
+        for p, q in zip(prompts, queries, strict=True)
     ]
     n = len(queries)
-    scores = ex.scores([*shown, *put], [[], theta.edits()])
-
-    def part(variant: int, a: int) -> Accuracy:
-        return accuracy(scores.correct[variant, a : a + n])
-
-    return Conflict(part(1, 0), part(1, n), part(0, 0), part(0, n))
-
-
-def as_row(ex: IclExperiment, e: Evaluation) -> dict[str, Any]:
-    """An evaluation as an entry of a document."""
-    row: dict[str, Any] = {
-        "task": ex.task.name,
-        "family": ex.task.family,
-        "layer": e.layer,
-        "zero_shot": e.zero_shot.document(),
-        "icl": e.icl.document(),
-        "vector": e.vector.document(),
-        "vector_given_icl": None if e.vector_given_icl is None else e.vector_given_icl.document(),
-    }
-    if e.by_layer:
-        row["by_layer"] = {str(i): a.document() for i, a in e.by_layer.items()}
-    return row
+    with ex.step("conflict of"):
+        correct = ex.scores([*prompts, *others], [[], theta.edits()]).correct  # (2, 2 n)
+    without, with_vector = (ConflictScores(accuracy(c[:n]), accuracy(c[n:])) for c in correct)
+    return with_vector, without

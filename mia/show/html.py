@@ -13,13 +13,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from mia.arrays import Array
 from mia.errors import UsageError
 from mia.io.files import write_whole
 from mia.show.plots import INFERNO
-
-Array = npt.NDArray[np.float32]
 
 
 def attention_page(

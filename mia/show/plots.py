@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from mia.arrays import Array
 from mia.errors import FileError, UsageError
 from mia.io.files import check_writable, write_whole
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Array = npt.NDArray[np.float32]
 FORMATS = (".png", ".svg", ".pdf")
 #: ten colours of inferno from least to most (van der Walt & Smith 2015), for pages and terminals
 INFERNO = (
@@ -95,9 +95,11 @@ def heatmap(
     """One array (n_rows, n_columns) as coloured cells, row 0 on top.
 
     Args:
-        x, y, bar: what the columns, the rows and the colours are.
-        x_labels, y_labels: of each column and row, its number by default; as many are written
-            as fit.
+        x: what the columns are.
+        y: what the rows are.
+        bar: what the colours are.
+        x_labels: of each column, its number by default; as many are written as fit.
+        y_labels: the same of each row.
         diverging: red above 0, blue below it, white at 0; else inferno from least to most.
         clipped: of the diverging colours: they end at the 99th percentile of |value|, so that
             one large value leaves the others visible. The largest beyond is written at the bar,
@@ -141,7 +143,7 @@ def heatmap(
                 i, k = divmod(int(find(a)), columns)
                 where = f"{y_labels[i] if y_labels else i}.{x_labels[k] if x_labels else k}"
                 notes.append(f"{name} {a[i, k]:.2g} at {where}")
-        bar = f"{bar}\n{_wrapped('; '.join(notes), cell * rows)}"
+        bar = f"{bar}\n{wrapped('; '.join(notes), cell * rows)}"
     fig.colorbar(image, ax=axes, label=bar, extend=extend)
     return fig
 
@@ -212,7 +214,7 @@ def large_maps(
     grid = fig.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[n:]:
         axes.set_axis_off()
-    labels = [_short(p) for p in pieces]
+    labels = [short(p) for p in pieces]
     for axes, a, name in zip(grid.flat, maps, names, strict=False):
         image = axes.imshow(a, cmap="inferno", vmin=0, vmax=top, interpolation="nearest")
         axes.set_title(name, fontsize=9)
@@ -223,7 +225,7 @@ def large_maps(
     for axes in grid[:, 0]:
         axes.set_ylabel("query", fontsize=8)
     if title:
-        fig.suptitle(_wrapped(title, columns * side + 1.2), fontsize=10)
+        fig.suptitle(wrapped(title, columns * side + 1.2), fontsize=10)
     fig.colorbar(image, ax=grid, label=bar, shrink=min(1.0, 5 / (rows * side)), aspect=30)
     return fig
 
@@ -410,11 +412,11 @@ def _entry(text: str, most: int = 60) -> str:
 
 def _title(fig: Figure, axes: Axes, title: str) -> None:
     if title:
-        shown = _wrapped(title, fig.get_size_inches()[0])
+        shown = wrapped(title, fig.get_size_inches()[0])
         axes.set_title(shown, fontsize=10, loc="left")
 
 
-def _wrapped(title: str, inches: float) -> str:
+def wrapped(title: str, inches: float) -> str:
     """As many lines as it takes; a dollar sign would begin a formula."""
     return textwrap.fill(title, max(int(10 * inches), 20)).replace("$", r"\$")
 
@@ -422,10 +424,10 @@ def _wrapped(title: str, inches: float) -> str:
 def _ticks(
     axes: Axes, axis: str, n: int, labels: Sequence[str] | None, inches: float, size: float = 8
 ) -> None:
-    """As many labels as fit on an axis of so many inches: every one, or each second, fifth, …"""
+    """As many labels as fit on an axis of this many inches: every one, or each second, fifth, …"""
     texts = [str(i) for i in range(n)] if labels is None else list(labels)
     if len(texts) != n:
-        raise UsageError(f"{len(texts)} labels are given for {n} cells")
+        raise UsageError(f"got {len(texts)} labels for {n} cells")
     upright = axis == "x" and max(map(len, texts)) > 3
     need = (
         size / 72 * 1.25
@@ -448,7 +450,7 @@ def _step(n: int, inches: float, need: float) -> int:
     return max(n, 1)
 
 
-def _short(piece: str, most: int = 12) -> str:
+def short(piece: str, most: int = 12) -> str:
     """A token for a tick: spaces and line ends shown, long ones cut, what fonts lack replaced."""
     table = {"\n": "\\n", "\r": "\\r", "\t": "\\t", " ": "·"}
     text = "".join(table.get(c, c if c.isprintable() and ord(c) < 0x2000 else "�") for c in piece)

@@ -2,7 +2,7 @@
 
 print(report)              # plain text, as a command prints into a pipe
 report                     # in a notebook: the table, coloured
-report.document()          # the JSON document of the command's --json
+report.document()          # the JSON document
 report.rows()              # a list of plain dicts; report.to_pandas() where pandas is installed
 report.save("out.json")
 report.plot("out.png")     # reports that have a picture

@@ -1,5 +1,5 @@
 """Directions, one per layer: values, files, expressions."""
 
-from mia.vectors.vector import Vector as Vector
-from mia.vectors.vector import check_suffix as check_suffix
-from mia.vectors.vector import load as load
+from mia.vectors.expression import combine as combine
+from mia.vectors.files import check_file as check_file, check_suffix as check_suffix
+from mia.vectors.vector import Vector as Vector, load as load

@@ -1,19 +1,45 @@
-"""Arithmetic with vectors as a person types it: "french - english + 0.5*formal"."""
+"""Arithmetic with vectors as people type it: "french - english + 0.5*formal"."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from mia.errors import UsageError
-from mia.vectors import Vector
+from mia.io.provenance import ModelFacts, warn_of_other_model
+from mia.vectors.vector import Vector, load
+
+
+def read(text: str, facts: ModelFacts | None = None) -> Vector:
+    """A vector file, or arithmetic with several: "french.gguf - 0.5*formal.gguf".
+
+    Args:
+        facts: of the model it is for; a notice says where it was made with another one.
+    """
+    if Path(text).exists() or not any(c in text for c in "+-*/() "):
+        vector = load(text)
+    else:
+        vector = combine(text, lambda name: load(name).renamed(Path(name).stem))
+    if facts is not None:
+        warn_of_other_model(vector.sources, text, facts)
+    return vector
+
+
+def named(vector: Vector | str, facts: ModelFacts) -> tuple[Vector, str]:
+    """A vector as an experiment takes it (a `Vector`, a file, or arithmetic), and what messages
+    call it. A notice says if it was made with another model than the one of `facts`."""
+    if isinstance(vector, str):
+        return read(vector, facts), vector
+    warn_of_other_model(vector.sources, vector.name, facts)
+    return vector, vector.name
 
 
 def combine(expression: str, find: Callable[[str], Vector]) -> Vector:
     """Reads "a - b + 0.5*c": names (`find` gives their vectors), numbers, + - * / and brackets.
 
-    Names with other characters than letters, digits and . / _ ~ stand in quotes. A slash
-    before a number divides: v/2.
+    Names with characters other than letters, digits and . / _ ~ need quotes. A slash before a
+    number divides: v/2.
 
     Raises:
         UsageError: the expression cannot be read; the message says where.
@@ -22,7 +48,7 @@ def combine(expression: str, find: Callable[[str], Vector]) -> Vector:
 
 
 class _Expression:
-    """A descent over sums, products and signs."""
+    """A recursive descent parser: sums of products of factors."""
 
     _NUMBER = re.compile(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?(?![\w/.~])")
     _QUOTED = re.compile(r"'([^']+)'|\"([^\"]+)\"")
@@ -42,7 +68,7 @@ class _Expression:
             rest = rest[length:].lstrip()
 
     def _word(self, rest: str) -> tuple[str, int]:
-        """Kind and length of the word that `rest` begins with."""
+        """Kind and length of the first word of `rest`."""
         after_value = bool(self.words) and (self.words[-1][0] != "sign" or self.words[-1][1] == ")")
         if m := self._NUMBER.match(rest):
             return "number", m.end()
@@ -57,12 +83,12 @@ class _Expression:
         raise UsageError(f"{self.text!r}: cannot read {rest!r}")
 
     def value(self) -> Vector:
-        found = self._sum()
+        result = self._sum()
         if self.words:
             raise UsageError(f"{self.text!r}: {self.words[0][1]!r} is not expected there")
-        if not isinstance(found, Vector):
+        if not isinstance(result, Vector):
             raise UsageError(f"{self.text!r} is a number, not a vector")
-        return found
+        return result
 
     def _sum(self) -> Vector | float:
         total = self._product()

@@ -24,13 +24,33 @@ def test_every_task_of_the_index_loads() -> None:
 
 def test_compositions_name_tasks_that_there_are() -> None:
     names = {e["name"] for e in tasks.index()}
-    found = tasks.compositions()
-    assert len(found) >= 4
-    for c in found:
+    shipped = tasks.compositions()
+    assert len(shipped) >= 4
+    for c in shipped:
         assert {c.ac, c.bc, c.bd, c.ad} <= names
-    assert tasks.composition(found[0].name) == found[0]
-    with pytest.raises(UsageError, match=f"unknown composition 'x'; known: {found[0].name}"):
+    assert tasks.composition(shipped[0].name) == shipped[0]
+    with pytest.raises(UsageError, match=f"unknown composition 'x'; known: {shipped[0].name}"):
         tasks.composition("x")
+
+
+def test_a_composition_may_be_four_tasks() -> None:
+    own = tasks.composition("antonym,uppercase,antonym,capitalize")
+    assert own == tasks.Composition("capitalize", "antonym", "uppercase", "antonym", "capitalize")
+    with pytest.raises(
+        UsageError, match="'a,b' is not a composition; expected four tasks AC,BC,BD,AD"
+    ):
+        tasks.composition("a,b")
+    with pytest.raises(UsageError, match="unknown task 'b'"):
+        tasks.composition("antonym,b,antonym,antonym")
+
+
+def test_all_stands_for_every_task_and_none_comes_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": "b"}')
+    loaded = tasks.load_many(["antonym", tmp_path / "a.json", "all", "antonym"])
+    names = [e["name"] for e in tasks.index()]
+    assert [t.name for t in loaded] == ["antonym", "a", *(n for n in names if n != "antonym")]
+    with pytest.raises(UsageError, match="unknown task 'x'"):
+        tasks.load_many(["antonym", "x"])
 
 
 @pytest.mark.parametrize(
@@ -81,9 +101,9 @@ def test_a_flat_object_may_have_input_among_its_words(tmp_path: Path) -> None:
         ('{"input": "a"}', "line 1 has no 'output'"),
         ('{"output": "a", "id": 3}', "line 1 has no 'input'"),
         ('[{"input": "a", "answer": "b"}]', "item 0 has no 'output'"),
-        ('{"input": "a", "output": NaN}', "line 1: nan is no finite number"),
-        ('{"a": [1, -Infinity]}', "key 'a': -inf is no finite number"),
-        ('[{"input": 1e400, "output": "a"}]', "item 0: inf is no finite number"),
+        ('{"input": "a", "output": NaN}', "line 1: nan is not a finite number"),
+        ('{"a": [1, -Infinity]}', "key 'a': -inf is not a finite number"),
+        ('[{"input": 1e400, "output": "a"}]', "item 0: inf is not a finite number"),
         (
             '{"input": "a", "output": "b"}\n\n{"input": "a ", "output": ["b", "c"]}',
             "the input 'a' has the answer 'b' at line 1 and 'b', 'c' at line 3; if both",
@@ -143,7 +163,7 @@ def test_a_split_shares_nothing_and_repeats_itself() -> None:
     assert [len(most.train), len(most.dev), len(most.test)] == [10, 10, 30]
     with pytest.raises(RangeError, match="t has 4 pairs; at least 5"):
         tasks.split(Task("t", _pairs(4)), np.random.default_rng(0))
-    with pytest.raises(RangeError, match="0 test and 1 dev"):
+    with pytest.raises(RangeError, match="need at least 1 test and 1 dev query, got 0 and 1"):
         tasks.split(task, np.random.default_rng(0), n_test=0, n_dev=1)
 
 
@@ -154,7 +174,7 @@ def test_a_split_leaves_enough_to_draw_from() -> None:
     assert (len(parts.train), len(parts.dev), len(parts.test)) == (11, 10, 29)
     same = tasks.split(small, np.random.default_rng(0), shots=9)
     assert same == tasks.split(small, np.random.default_rng(0))
-    with pytest.raises(RangeError, match="small has 50 pairs, too few for 40 examples in a prompt"):
+    with pytest.raises(RangeError, match="small has 50 pairs, too few for a prompt of 40 examples"):
         tasks.split(small, np.random.default_rng(0), shots=40)
     for entry in tasks.index():
         tasks.split(tasks.load(entry["name"]), np.random.default_rng(0), shots=10)
@@ -165,7 +185,9 @@ def test_draw_never_takes_the_query() -> None:
     for seed in range(20):
         drawn = tasks.draw(pool, 5, np.random.default_rng(seed), without="in2")
         assert set(drawn) == set(pool) - {pool[2]}
-    with pytest.raises(RangeError, match=r"6 .* asked for; 5 are left .* \(--shots\), or .* more"):
+    with pytest.raises(
+        RangeError, match=r"need 6 examples, only 5 available: ask for fewer shots, or"
+    ):
         tasks.draw(pool, 6, np.random.default_rng(0), without="in2")
 
 

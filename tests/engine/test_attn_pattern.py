@@ -1,5 +1,6 @@
 """Attention scores and patterns as sites: keys by position, whatever cells they lie in."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -112,15 +113,19 @@ def test_a_key_that_is_hidden_gets_nothing(case: Tiny) -> None:
     np.testing.assert_allclose(pattern.sum(-1), 1, rtol=0, atol=1e-6)
 
 
+def _plus(number: float) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda h: h + number
+
+
 def test_a_query_needs_a_key(llama: Tiny, tiny: Any) -> None:
     def blind(h: np.ndarray) -> np.ndarray:
         return np.full_like(h, -np.inf)
 
     request = Request(llama.prompt(6), [Edit("attn_scores.2", blind, heads=[4], tokens=3)])
-    with pytest.raises(UsageError, match="query 3 has no key left to look at in layer 2, head 4"):
+    with pytest.raises(UsageError, match="all keys of query 3 are blocked in layer 2, head 4"):
         llama.model.run([request])
     for bad in (np.inf, np.nan):
-        wild = Edit("attn_scores.2", lambda h, bad=bad: h + bad, tokens=-1)
+        wild = Edit("attn_scores.2", _plus(bad), tokens=-1)
         with pytest.raises(UsageError, match=r"attn_scores\.2 makes numbers that are not finite"):
             llama.model.run([Request(llama.prompt(6), [wild])])
     # what a sliding window hides is no key either
@@ -130,7 +135,7 @@ def test_a_query_needs_a_key(llama: Tiny, tiny: Any) -> None:
 
     window = tiny("gemma2-window")
     far = Request(window.prompt(8), [Edit("attn_scores.0", look_far_back, heads=[1])])
-    with pytest.raises(UsageError, match="query 7 has no key left to look at in layer 0, head 1"):
+    with pytest.raises(UsageError, match="all keys of query 7 are blocked in layer 0, head 1"):
         window.model.run([far])
     clean = Request(request.tokens)
     check(llama.model.run([clean])[0], clean, llama.oracle)
@@ -178,7 +183,7 @@ def test_a_half_precision_cache_has_patterns_too(llama: Tiny, reopen: Any) -> No
         site = Site("attn_pattern", i)
         np.testing.assert_allclose(read.captures[site], want[str(site)], rtol=0, atol=0.02)
     np.testing.assert_allclose(plain.logits, read.logits, rtol=0, atol=0.1)
-    assert sorted(flash for _, flash in t.model._sessions) == [False, True]
+    assert sorted(flash for _, flash in t.model._engine.sessions.open) == [False, True]
 
 
 @pytest.mark.parametrize(("a", "b", "n"), [(8, 3, 12), (3, 3, 9), (12, 4, 9)])

@@ -190,11 +190,13 @@ def test_how_much_is_generated(llama: Tiny, reopen: Any, decoded: list[int]) -> 
 def test_generate_gives_text(llama: Tiny) -> None:
     model = llama.model
     ids = model.tokenize("The capital of")
-    want = model.run([Request(ids, n_predict=5)])[0].tokens
-    assert model.generate("The capital of", 5) == model.text(want) == model.generate(ids, 5)
+    tokens = model.run([Request(ids, n_predict=5)])[0].tokens
+    text = model.generate("The capital of", 5).text
+    assert text == model.text(tokens) == model.generate(ids, 5).text
     end = _wish(llama, 0, tokens=-1)
-    assert model.generate("The capital of", 5, edits=[end]) == ""
-    assert model.generate("The capital of", 5, bos=False) == model.generate(ids[1:], 5)
+    assert model.generate("The capital of", 5, edits=[end]).text == ""
+    without = model.generate("The capital of", 5, bos=False)
+    assert without.tokens == model.generate(ids[1:], 5).tokens
 
 
 # -- sampling -------------------------------------------------------------------------------------
@@ -217,7 +219,13 @@ def test_a_seed_is_a_text(llama: Tiny) -> None:
 
 def test_the_surest_choices_are_greedy(llama: Tiny) -> None:
     greedy = _sample(llama)[1]
-    for how in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.999999}, {"temperature": 1e-4}):
+    hows: list[dict[str, Any]] = [
+        {"top_k": 1},
+        {"top_p": 1e-6},
+        {"min_p": 0.999999},
+        {"temperature": 1e-4},
+    ]
+    for how in hows:
         check_same(_sample(llama, **{"temperature": 2.0, "seed": 5, **how})[1], greedy)
 
 
@@ -308,7 +316,7 @@ def test_sampling_that_makes_no_sense(how: dict[str, Any], message: str) -> None
 def test_penalties_and_samples_are_each_request_s_own(llama: Tiny) -> None:
     """Side by side, with different samplers, each gives what it gives alone."""
     prompt = llama.prompt(5)
-    hows = [
+    hows: list[dict[str, Any]] = [
         {},
         {"temperature": 1.0, "seed": 1},
         {"repeat_penalty": 1.8},

@@ -7,9 +7,9 @@ import pytest
 from tiny import Tiny
 
 from mia.engine.graph import Topology
-from mia.llama.ggml import Node
+from mia.llama import Node
 from mia.request import Capture, Request
-from mia.sites import NAMES, Site
+from mia.sites import Site
 
 #: what llama.cpp calls the nodes that are found by structure, in layer 1
 ATTN_OUT = {"llama": "attn_out-1", "gemma2": "attn_post_norm-1"}
@@ -18,12 +18,8 @@ EMBED = {"gemma2": "inp_scaled", "gpt2": "inpL"}
 
 
 def test_every_site_of_every_layer_is_there(case: Tiny) -> None:
-    n = case.model.n_layer
-    sites = case.model.topology.sites
-    single = {"embed", "final_norm", "logits"}
-    assert set(sites) == {Site(x) for x in single} | {
-        Site(x, i) for x in NAMES if x not in single for i in range(n)
-    }
+    sites = {str(site) for site in case.model.topology.sites}
+    assert sites == set(case.oracle.run(case.prompt())) and len(sites) > 13 * case.model.n_layer
 
 
 def test_shapes(case: Tiny) -> None:
@@ -263,3 +259,13 @@ def test_what_a_graph_does_not_name_it_does_not_have(monkeypatch: pytest.MonkeyP
         "attn_out.0": "attn_out-0",
         "final_norm": "result_norm",
     }
+
+
+def test_heads_side_by_side_are_told_apart_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph without rotation may name q before it is reshaped into heads."""
+    g = Graph()
+    g.attention(g.norm("attn_norm-0", g.start()))
+    sites = g.topology(monkeypatch).sites
+    for name in ("q", "head_out"):
+        node = sites[Site(name, 0)]
+        assert (node.shape, node.layout) == ((2, 4), "rows")

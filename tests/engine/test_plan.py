@@ -8,11 +8,16 @@ import pytest
 from reference import check, check_same
 from tiny import Tiny
 
-from mia import model as mia_model
 from mia.edits import Edit
-from mia.engine.plan import Job, Segment, build, first_block
+from mia.engine import run
+from mia.engine.jobs import resolve
+from mia.engine.plan import build
+from mia.engine.runner import Runner
+from mia.engine.segments import Segment
 from mia.engine.session import Session
-from mia.llama.ggml import _FLAG_COMPUTE, Context, Tracer, _Tensor, host_array
+from mia.llama import Context, Tracer, host_array
+from mia.llama.library import Tensor
+from mia.llama.tracer import FLAG_COMPUTE
 from mia.request import Capture, Request
 from mia.sites import Site
 
@@ -26,7 +31,7 @@ def roots(monkeypatch: pytest.MonkeyPatch) -> list[Segment]:
         kept[:] = build(*args, **options)
         return list(kept)
 
-    monkeypatch.setattr(mia_model, "build", spy)
+    monkeypatch.setattr(run, "build", spy)
     return kept
 
 
@@ -124,15 +129,20 @@ def test_no_logits_where_none_are_wanted(llama: Tiny, monkeypatch: pytest.Monkey
 
 
 def _session(t: Tiny) -> Session:
-    return next(s for (callback, _), s in t.model._sessions.items() if callback)
+    return next(s for (callback, _), s in t.model._engine.sessions.open.items() if callback)
 
 
 def test_what_is_skipped_is_not_computed(llama: Tiny, reopen: Any) -> None:
     """The unembedding leaves the memory of the logits as it was."""
     t = reopen(llama)
 
+    def memory() -> np.ndarray:
+        found = host_array(logits)
+        assert found is not None
+        return found
+
     def mark(h: np.ndarray) -> np.ndarray:
-        host_array(logits)[:] = 7
+        memory()[:] = 7
         return h
 
     for wanted, computed in ((None, False), ("last", True)):
@@ -141,18 +151,10 @@ def test_what_is_skipped_is_not_computed(llama: Tiny, reopen: Any) -> None:
         logits = session.variants[0].addrs[session.site(Site("logits")).index]
         edit = Edit("final_norm", mark, tokens=-1)
         t.model.run([Request([5, 6], [edit], [Capture("final_norm", -1)], logits=wanted)])
-        assert (host_array(logits) != 7).any() == computed
+        assert (memory() != 7).any() == computed
 
 
 # -- blocks that need not run -------------------------------------------------------------------
-
-
-def test_the_first_block_that_an_edit_or_capture_needs() -> None:
-    assert first_block(Site("embed"), 3) == 0
-    assert first_block(Site("logits"), 3) == first_block(Site("final_norm"), 3) == 2
-    assert [first_block(Site("resid_pre", i), 3) for i in range(3)] == [0, 1, 2]
-    assert [first_block(Site("head_out", i), 3) for i in range(3)] == [0, 1, 2]
-    assert [first_block(Site("resid_post", i), 3) for i in range(3)] == [1, 2, 2]
 
 
 def _last_token(t: Tiny) -> list[Request]:
@@ -217,18 +219,28 @@ def test_resumed_runs_equal_whole_ones(
         plain(self, addrs, wants, skip, on_data)
 
     monkeypatch.setattr(Tracer, "expect", expect)
+    runners: list[Runner] = []
+    close = Runner.close
+
+    def spy_close(self: Runner) -> None:
+        runners.append(self)
+        close(self)
+
+    monkeypatch.setattr(Runner, "close", spy_close)
     requests = make(case)
     resumed = case.model.run(requests)
-    some = [s for s in _segments(roots) if s.resume]
+    some = [s for s in _segments(roots) if s.first_block]
     assert len(some) >= 3
-    assert {s.resume for s in some} == {1, 2}
-    assert all(not s.twin.saved.arrays for s in some)  # let go
+    assert {s.first_block for s in some} == {1, 2}
+    twins = [s.twin for s in some if s.twin is not None]
+    assert len(twins) == len(some)
+    assert {twin.saved for twin in twins}.isdisjoint(runners[0].buffers)  # let go
     assert max(skips) > 20
 
     def whole_ones(*args: Any, **options: Any) -> list[Segment]:
-        return build(*args, **{**options, "resume": False})
+        return build(*args, **{**options, "skip_blocks": False})
 
-    monkeypatch.setattr(mia_model, "build", whole_ones)
+    monkeypatch.setattr(run, "build", whole_ones)
     skips.clear()
     whole = case.model.run(requests)
     assert max(skips) < 20  # the unembedding, at most
@@ -243,8 +255,8 @@ def test_blocks_that_are_skipped_are_off_for_one_decode(llama: Tiny, reopen: Any
 
     def off() -> set[int]:
         addrs = _session(t).variants[0].addrs
-        flags = [_Tensor.from_address(a).flags for a in addrs]
-        return {i for i, f in enumerate(flags) if not f & _FLAG_COMPUTE}
+        flags = [Tensor.from_address(a).flags for a in addrs]
+        return {i for i, f in enumerate(flags) if not f & FLAG_COMPUTE}
 
     seen = []
 
@@ -262,17 +274,19 @@ def test_blocks_that_are_skipped_are_off_for_one_decode(llama: Tiny, reopen: Any
     assert off() == set()
 
 
-def _roots_of(t: Tiny, requests: list[Request], n_batch: int = 512) -> list[Segment]:
-    jobs = [Job(i, r, t.oracle.n_layer) for i, r in enumerate(requests)]
-    return build(jobs, share=True, resume=True, n_layer=t.oracle.n_layer, n_batch=n_batch)
+def _roots_of(t: Tiny, requests: list[Request], n_ubatch: int = 512) -> list[Segment]:
+    jobs = [resolve(i, r, t.oracle.n_layer) for i, r in enumerate(requests)]
+    return build(jobs, share=True, skip_blocks=True, n_layer=t.oracle.n_layer, n_ubatch=n_ubatch)
 
 
 def test_what_cannot_resume_does_not(llama: Tiny) -> None:
     prompt, v = llama.prompt(), llama.vector()
 
-    def resumes(edits: list[Edit], n_batch: int = 512, **options: Any) -> list[int]:
+    def resumes(edits: list[Edit], n_ubatch: int = 512, **options: Any) -> list[int]:
         requests = [Request(prompt, [e], **options) for e in edits]
-        return sorted(s.resume for s in _segments(_roots_of(llama, requests, n_batch)) if s.resume)
+        return sorted(
+            s.first_block for s in _segments(_roots_of(llama, requests, n_ubatch)) if s.first_block
+        )
 
     at_last = [Edit("mlp_out.2", "add", v, tokens=-1, coeff=c) for c in (1, 2, 3)]
     whole = [Edit("mlp_out.2", "add", v, coeff=c) for c in (1, 2, 3)]
@@ -282,6 +296,9 @@ def test_what_cannot_resume_does_not(llama: Tiny) -> None:
     assert resumes(at_last, n_predict=1) == []  # what is generated reads the keys of all blocks
     assert resumes([Edit("mlp_out.0", "add", v, tokens=-1) for _ in range(3)]) == []
     assert resumes(whole) == [2, 2, 2]
-    assert resumes(whole, n_batch=13) == []  # not in one batch
+    assert resumes(whole, n_ubatch=13) == []  # not in one batch
+    edits = [Edit("mlp_out.2", "add", v, tokens=11, generated=False, coeff=c) for c in (1, 2, 3)]
+    forks = [Request([*prompt, end], [e]) for e in edits for end in (5, 6)]
+    assert not [s for s in _segments(_roots_of(llama, forks)) if s.first_block]  # keys are read on
     clean = _segments(_roots_of(llama, [Request(prompt), Request(prompt, at_last[:1])]))
-    assert [s.resume for s in clean if s.resume] == [2]  # a twin there is already
+    assert [s.first_block for s in clean if s.first_block] == [2]  # a twin there is already

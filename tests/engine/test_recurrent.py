@@ -1,6 +1,6 @@
 """A memory that cannot be shared or cut back (mamba): each request alone, and all the same."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from tiny_gguf import D_STATE, DT_RANK
 
 from mia.edits import Edit
 from mia.errors import SiteError, UsageError
-from mia.llama.ggml import Context
+from mia.llama import Context
 from mia.request import Capture, Request, Result, Sampling
 from mia.sites import Site
 
@@ -74,6 +74,7 @@ def _weights(t: Tiny) -> dict[str, Array]:
 def _check(result: Result, want: list[Array]) -> None:
     for i in range(3):
         np.testing.assert_allclose(result[f"l_out-{i}"], want[i], rtol=0, atol=1e-4)
+    assert result.logits is not None
     n = len(result.logits)
     np.testing.assert_allclose(result.logits, want[3][:n], rtol=0, atol=1e-4)
 
@@ -137,7 +138,8 @@ def test_an_unexpected_graph_starts_the_request_again(
     def decode(self: Context, tokens: Any, *rest: Any) -> bool:
         if len(sizes) == at:
             t = self.tracer
-            t.expect([0, *t.addrs[1:]], t.wanted, t.skip, t.on_data)
+            assert t is not None and isinstance(t.requested, Mapping)
+            t.expect([0, *t.addrs[1:]], t.requested, t.skip, t.on_data)
         sizes.append(len(tokens))
         return plain(self, tokens, *rest)
 

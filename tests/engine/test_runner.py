@@ -8,14 +8,14 @@ import pytest
 from reference import check, check_same
 from tiny import Tiny
 
-from mia import model as mia_model
 from mia.edits import Edit
-from mia.engine import runner
-from mia.engine.plan import Job, build
+from mia.engine import limits
+from mia.engine.jobs import resolve
+from mia.engine.plan import build
+from mia.engine.run import Engine
 from mia.engine.runner import Runner
 from mia.errors import EngineError
-from mia.llama.ggml import Context
-from mia.model import Model
+from mia.llama import Context, Tracer
 from mia.request import Capture, Request, Sampling
 
 
@@ -52,7 +52,8 @@ class Shadow:
         self.most = max(self.most, len(cells))
         self.outputs.append(sum(outputs))
         if self.runners and self.runners[-1].context is context:
-            assert len(cells) <= self.runners[-1].used <= self.runners[-1].budget
+            ledger = self.runners[-1].ledger
+            assert len(cells) <= ledger.booked <= ledger.budget
 
     def seq_cp(self, context: Context, src: int, dst: int, end: int) -> None:
         assert not any(dst in s for _, s in self.cells[context])
@@ -71,8 +72,8 @@ class Shadow:
 
     def check_all_given_back(self) -> None:
         for one in self.runners:
-            assert one.used == 0
-            assert sorted(one.free) == list(range(one.max_seq))
+            assert one.ledger.booked == 0
+            assert sorted(one.ledger.free) == list(range(one.ledger.n_sequences))
             assert not one.generating and not one.waiting
         assert not any(self.cells.values())
 
@@ -109,7 +110,7 @@ def test_more_tokens_than_cells(
     t = reopen(llama)
     requests = [Request(t.prompt(n, seed=n)) for n in range(30, 2, -1)]
     _run_checked(t, requests, every=5)
-    assert shadow.runners[0].budget == 31 and shadow.most <= 31
+    assert shadow.runners[0].ledger.budget == 31 and shadow.most <= 31
 
 
 def test_many_samples_of_one_prompt(llama: Tiny, shadow: Shadow, decoded: list[int]) -> None:
@@ -136,7 +137,7 @@ def test_many_samples_of_one_prompt(llama: Tiny, shadow: Shadow, decoded: list[i
 def test_requests_with_and_without_continuation(llama: Tiny, shadow: Shadow) -> None:
     prompt, v = llama.prompt(), llama.vector()
     edit = Edit("resid_post.1", "add", v, generated=True, tokens=-1)
-    requests = []
+    requests: list[Request] = []
     for n in (14, 9, 14, 5):
         for n_predict in (0, 1, 7, 2):
             edits = [edit] if len(requests) % 3 else []
@@ -193,7 +194,7 @@ def test_no_more_logits_at_a_time_than_memory_allows(
     llama: Tiny, shadow: Shadow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A large vocabulary makes few outputs for one decode, of prompts and of continuations."""
-    monkeypatch.setattr(runner, "_LOGITS_BYTES", 9 * 4 * llama.model.n_vocab)
+    monkeypatch.setattr(limits, "LOGITS_BYTES", 9 * 4 * llama.model.n_vocab)
     requests = [Request(llama.prompt(n, seed=n), logits="all") for n in (5, 20, 3, 8)]
     requests += [Request(llama.prompt(4, seed=s), n_predict=4) for s in range(20)]
     _run_checked(llama, requests)
@@ -204,7 +205,7 @@ def test_when_nothing_fits_it_says_so(
     llama: Tiny, reopen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     t = reopen(llama)
-    monkeypatch.setattr(Model, "_budget", lambda *_: 5)
+    monkeypatch.setattr(Engine, "budget", lambda *_: 5)
     with pytest.raises(EngineError, match="a request needs more than the 5 cells"):
         t.model.run([Request(t.prompt(6))])
     monkeypatch.undo()
@@ -216,7 +217,7 @@ def test_when_nothing_fits_it_says_so(
 
 def _random_requests(t: Tiny, rng: np.random.Generator) -> list[Request]:
     """A small forest: prompts that share beginnings, edits that are shared or not, all options."""
-    stems = [_tokens(rng, rng.integers(1, 9)) for _ in range(2)]
+    stems = [_tokens(rng, int(rng.integers(1, 9))) for _ in range(2)]
     sites = [
         "resid_post.0",
         "head_out.1",
@@ -239,7 +240,7 @@ def _random_requests(t: Tiny, rng: np.random.Generator) -> list[Request]:
         captures = []
         if rng.random() < 0.5:
             where = rng.choice(["l_out", "q.1", "attn_pattern.1", "logits", "final_norm"])
-            last = rng.choice([None, -1])
+            last = [None, -1][rng.integers(2)]
             captures.append(Capture(str(where), last, generated=bool(rng.random() < 0.5)))
         hot = Sampling(temperature=1.0, seed=int(rng.integers(100)))
         requests.append(
@@ -278,17 +279,17 @@ def test_any_requests_together_are_as_alone(
     requests = _random_requests(of, rng)
     alone = [of.model.run([r])[0] for r in requests]
     roots = build(
-        [Job(i, r, 3) for i, r in enumerate(requests)],
+        [resolve(i, r, 3) for i, r in enumerate(requests)],
         share=True,
-        resume=True,
+        skip_blocks=True,
         n_layer=3,
-        n_batch=6,
+        n_ubatch=6,
     )
-    monkeypatch.setattr(mia_model, "MAX_SEQ", max(s.seqs for s in roots))
-    monkeypatch.setattr(mia_model, "_UBATCH", 6)
-    monkeypatch.setattr(mia_model, "_KV_BYTES", 0)
+    monkeypatch.setattr(limits, "MAX_SEQUENCES", max(s.sequences for s in roots))
+    monkeypatch.setattr(limits, "UBATCH", 6)
+    monkeypatch.setattr(limits, "KV_BYTES", 0)
     t = reopen(of)
-    assert mia_model.MAX_SEQ <= 6
+    assert limits.MAX_SEQUENCES <= 6
     done: list[tuple[int, int]] = []
     together = t.model.run(requests, progress=lambda i, n: done.append((i, n)))
     assert done == [(i + 1, len(requests)) for i in range(len(requests))]
@@ -309,3 +310,22 @@ def test_outputs_that_nobody_wants_the_logits_of_run_apart(llama: Tiny, decoded:
     short = Request(llama.prompt(9), captures=[Capture("l_out")])
     check(llama.model.run([short])[0], short, llama.oracle)
     assert decoded == [9]
+
+
+def test_the_unembedding_is_left_out_for_states_of_a_prompt_that_is_continued(
+    llama: Tiny, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skips: list[int] = []
+    plain = Tracer.expect
+
+    def expect(self: Tracer, addrs: Any, visits: Any, skip: Any, on_data: Any) -> None:
+        skips.append(len(skip))
+        plain(self, addrs, visits, skip, on_data)
+
+    request = Request(llama.prompt(30), captures=[Capture("l_out")], n_predict=3, stop_at_eog=False)
+    llama.model.run([request])  # a graph that is new is decoded twice
+    decoded.clear()
+    monkeypatch.setattr(Tracer, "expect", expect)
+    check(llama.model.run([request])[0], request, llama.oracle)
+    assert decoded == [29, 1, 1, 1]
+    assert skips[0] > 0 and not any(skips[1:])

@@ -9,7 +9,10 @@ from oracle import Oracle
 from tiny_gguf import write_tiny
 
 from mia.errors import ModelError, RangeError, UsageError
-from mia.lenses.logit_lens import LogitLens, _TopK
+from mia.lenses import logit_lens
+from mia.lenses.linear import Norm
+from mia.lenses.logit_lens import LogitLens
+from mia.lenses.walk import Product
 from mia.model import Model
 from mia.request import Capture, Request
 from mia.sites import Site
@@ -62,7 +65,7 @@ def test_read_gives_the_best_of_all_logits(pair: tuple[Model, Oracle]) -> None:
     model, _ = pair
     h = np.random.default_rng(0).normal(size=(9, model.n_embd)).astype(np.float32)
     full = model.lens.logits(h).astype(np.float64)  # (9, n_vocab)
-    read = model.lens.read(h, 7, wanted=[3, 250])
+    read = model.lens.read(h, 7, tokens=[3, 250])
     order = np.argsort(-full, axis=1)[:, :7]
     np.testing.assert_array_equal(read.ids, order)
     np.testing.assert_allclose(read.logits, np.take_along_axis(full, order, 1), atol=1e-5)
@@ -71,8 +74,8 @@ def test_read_gives_the_best_of_all_logits(pair: tuple[Model, Oracle]) -> None:
     np.testing.assert_allclose(
         read.probs, np.exp(np.take_along_axis(full, order, 1) - lse[:, None]), atol=1e-5
     )
-    np.testing.assert_allclose(read.wanted, full[:, [3, 250]], atol=1e-5)
-    np.testing.assert_allclose(read.wanted_logprobs, full[:, [3, 250]] - lse[:, None], atol=1e-5)
+    np.testing.assert_allclose(read.token_logits, full[:, [3, 250]], atol=1e-5)
+    np.testing.assert_allclose(read.token_logprobs, full[:, [3, 250]] - lse[:, None], atol=1e-5)
 
 
 def test_blocks_of_rows_and_tokens_join_without_a_seam(
@@ -80,7 +83,7 @@ def test_blocks_of_rows_and_tokens_join_without_a_seam(
 ) -> None:
     model, _ = llama
     h = np.random.default_rng(1).normal(size=(11, model.n_embd)).astype(np.float32)
-    whole = model.lens.read(h, 5, wanted=[0, 327])
+    whole = model.lens.read(h, 5, tokens=[0, 327])
     monkeypatch.setattr("mia.lenses.logit_lens._ROWS", 4)
     rows = LogitLens._blocks
 
@@ -91,23 +94,10 @@ def test_blocks_of_rows_and_tokens_join_without_a_seam(
                 yield start + i, start + i + part.shape[1], part
 
     monkeypatch.setattr(LogitLens, "_blocks", narrow)
-    parts = model.lens.read(h, 5, wanted=[0, 327])
+    parts = model.lens.read(h, 5, tokens=[0, 327])
     np.testing.assert_array_equal(parts.ids, whole.ids)
-    for name in ("logits", "probs", "logsumexp", "wanted"):
+    for name in ("logits", "probs", "logsumexp", "token_logits"):
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), atol=1e-5)
-
-
-def test_top_k_with_many_candidates_and_ties() -> None:
-    rng = np.random.default_rng(2)
-    values = rng.integers(0, 40, size=(6, 3000)).astype(np.float32)
-    top = _TopK(6, 9)
-    for start in range(0, 3000, 700):
-        block = values[:, start : start + 700]
-        top.add(start, block, block.max(1))
-    ids, found = top.sorted()
-    np.testing.assert_array_equal(found, -np.sort(-values, axis=1)[:, :9])
-    np.testing.assert_array_equal(np.take_along_axis(values, ids, 1), found)
-    assert all(len(set(row)) == 9 for row in ids.tolist())
 
 
 def test_no_norm_leaves_out_the_division_alone(llama: tuple[Model, Oracle]) -> None:
@@ -145,8 +135,25 @@ def test_a_lens_that_disagrees_with_the_model_is_refused(
     model, _ = llama
     real = type(model.weights).vector
     monkeypatch.setattr(type(model.weights), "vector", lambda self, name: real(self, name)[::-1])
-    with pytest.raises(ModelError, match="differs from the model's own logits"):
-        LogitLens(model)
+    with (
+        Model(model.path, threads=1) as fresh,
+        pytest.raises(ModelError, match="differs from the model's own logits"),
+    ):
+        _ = fresh.lens
+
+
+def test_an_end_of_the_graph_that_is_not_one_unembedding_is_refused(
+    llama: tuple[Model, Oracle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = llama
+    product = Product(model.weights, "output.weight")
+    for steps, message in (
+        ([product, product], "one unembedding; new has 2 matrices"),
+        ([product, Norm(1e-5, False)], "does not know the norm of logits of new"),
+    ):
+        monkeypatch.setattr(logit_lens, "walk", lambda *_, steps=steps, **__: steps)
+        with pytest.raises(ModelError, match=message):
+            LogitLens(model.topology, model.weights, architecture="new")
 
 
 def test_wrong_input_is_named(llama: tuple[Model, Oracle]) -> None:
@@ -155,8 +162,8 @@ def test_wrong_input_is_named(llama: tuple[Model, Oracle]) -> None:
     with pytest.raises(UsageError, match="rows of 48, not shape \\(1, 5\\)"):
         model.lens.read(np.zeros((1, 5), np.float32))
     with pytest.raises(RangeError, match="0 to 327"):
-        model.lens.read(h, wanted=[328])
-    with pytest.raises(RangeError, match="k is 0"):
+        model.lens.read(h, tokens=[328])
+    with pytest.raises(RangeError, match="k must be at least 1, got 0"):
         model.lens.read(h, 0)
     with pytest.raises(RangeError, match="0 to 327"):
         model.lens.direction(-1)

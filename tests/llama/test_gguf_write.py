@@ -1,17 +1,18 @@
 """What the writer writes, gguf-py and llama.cpp read to the last bit."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 
 from mia.errors import FileError
-from mia.llama.gguf_write import RawTensor, write_gguf
+from mia.llama.gguf_write import RawTensor, Value, write_gguf
 from mia.llama.weights import Weights
 from mia.models.registry import check_gguf
 
-METADATA = {
+METADATA: dict[str, Value] = {
     "general.architecture": "controlvector",
     "text": "naïve ☃",
     "empty": "",
@@ -65,8 +66,9 @@ def test_blocks_of_another_type_go_through_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_mixed_list_is_refused_and_no_file_is_left(tmp_path: Path) -> None:
+    mixed: list[Any] = [1, "a"]
     with pytest.raises(TypeError, match="one kind"):
-        write_gguf(tmp_path / "f.gguf", {"k": [1, "a"]}, {})  # type: ignore[list-item]
+        write_gguf(tmp_path / "f.gguf", {"k": mixed}, {})
     with pytest.raises(FileError, match="no folder"):
         write_gguf(tmp_path / "no" / "f.gguf", {}, {})
     assert list(tmp_path.iterdir()) == []

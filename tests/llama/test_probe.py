@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -14,16 +15,18 @@ from tiny_gguf import write_tiny
 from mia.errors import UsageError
 from mia.llama import probe
 
+#: makes its argument the code that the child runs
+Child = Callable[[str], None]
 CRASH = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
 
 
 @pytest.fixture
-def amx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+def amx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Child]:
     """A machine whose library reports AMX; call with the Python code to run as the child."""
     monkeypatch.delenv("MIA_EXTRA_BUFTS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     info = {"llama_cpp_python": "0.3.36", "features": "CPU : AVX512 = 1 | AMX_INT8 = 1 |"}
-    monkeypatch.setattr("mia.llama.ggml.library_info", lambda: info)
+    monkeypatch.setattr("mia.llama.library.library_info", lambda: info)
 
     def set_child(code: str) -> None:
         probe._verdict.cache_clear()
@@ -42,31 +45,37 @@ def remembered(tmp_path: Path) -> list[bool]:
 # -- without AMX, and by hand ---------------------------------------------------------
 
 
-def test_without_amx_nothing_runs(amx, monkeypatch, tmp_path):
+def test_without_amx_nothing_runs(
+    amx: Child, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     features = {"features": "CPU : AVX512 = 1 | AVX512_VNNI = 1 |"}
-    monkeypatch.setattr("mia.llama.ggml.library_info", lambda: features)
+    monkeypatch.setattr("mia.llama.library.library_info", lambda: features)
     monkeypatch.setattr(probe, "_command", lambda folder: pytest.fail("a child was started"))
     assert probe.extra_buffers_safe() is True
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(("wish", "verdict"), [("0", False), ("1", True)])
-def test_the_environment_decides_without_a_child(amx, monkeypatch, wish, verdict):
+def test_the_environment_decides_without_a_child(
+    amx: Child, monkeypatch: pytest.MonkeyPatch, wish: str, verdict: bool
+) -> None:
     monkeypatch.setattr(probe, "_command", lambda folder: pytest.fail("a child was started"))
     monkeypatch.setenv("MIA_EXTRA_BUFTS", wish)
     assert probe.extra_buffers_safe() is verdict
 
 
-def test_an_unknown_wish_is_an_error(amx, monkeypatch):
+def test_an_unknown_wish_is_an_error(amx: Child, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIA_EXTRA_BUFTS", "yes")
-    with pytest.raises(UsageError, match=r"MIA_EXTRA_BUFTS is 'yes'; 0 .* and 1 .* are known"):
+    with pytest.raises(UsageError, match=r"MIA_EXTRA_BUFTS must be 0 .* or 1 .*, got 'yes'"):
         probe.extra_buffers_safe()
 
 
 # -- the ways the child can end -------------------------------------------------------
 
 
-def test_a_good_child_is_remembered_and_silent(amx, capfd, tmp_path):
+def test_a_good_child_is_remembered_and_silent(
+    amx: Child, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     amx("pass")
     assert probe.extra_buffers_safe() is True
     assert remembered(tmp_path) == [True]
@@ -74,7 +83,9 @@ def test_a_good_child_is_remembered_and_silent(amx, capfd, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals")
-def test_a_crash_means_unsafe_and_says_how_to_rebuild(amx, capfd, tmp_path):
+def test_a_crash_means_unsafe_and_says_how_to_rebuild(
+    amx: Child, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     amx(CRASH)
     assert probe.extra_buffers_safe() is False
     assert remembered(tmp_path) == [False]
@@ -88,7 +99,9 @@ def test_a_crash_means_unsafe_and_says_how_to_rebuild(amx, capfd, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals")
-def test_a_remembered_crash_starts_no_child_and_is_silent(amx, capfd):
+def test_a_remembered_crash_starts_no_child_and_is_silent(
+    amx: Child, capfd: pytest.CaptureFixture[str]
+) -> None:
     amx(CRASH)
     probe.extra_buffers_safe()
     capfd.readouterr()
@@ -97,14 +110,18 @@ def test_a_remembered_crash_starts_no_child_and_is_silent(amx, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_wrong_numbers_mean_unsafe(amx, capfd, tmp_path):
+def test_wrong_numbers_mean_unsafe(
+    amx: Child, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     amx("raise SystemExit(3)")
     assert probe.extra_buffers_safe() is False
     assert remembered(tmp_path) == [False]
     assert "computes wrong numbers" in capfd.readouterr().err
 
 
-def test_a_child_that_hangs_means_unsafe(amx, capfd, monkeypatch, tmp_path):
+def test_a_child_that_hangs_means_unsafe(
+    amx: Child, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(probe, "_SECONDS", 0.3)
     amx("import time; time.sleep(60)")
     assert probe.extra_buffers_safe() is False
@@ -112,14 +129,18 @@ def test_a_child_that_hangs_means_unsafe(amx, capfd, monkeypatch, tmp_path):
     assert "hangs" in capfd.readouterr().err
 
 
-def test_a_child_that_never_got_to_decode_is_not_remembered(amx, capfd, tmp_path):
+def test_a_child_that_never_got_to_decode_is_not_remembered(
+    amx: Child, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     amx("import a_module_that_is_not_there")
     assert probe.extra_buffers_safe() is False
     assert remembered(tmp_path) == []
     assert "could not find out" in capfd.readouterr().err
 
 
-def test_a_child_that_cannot_start_is_not_remembered(amx, capfd, monkeypatch, tmp_path):
+def test_a_child_that_cannot_start_is_not_remembered(
+    amx: Child, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(probe, "_command", lambda folder: [str(tmp_path / "no-python")])
     assert probe.extra_buffers_safe() is False
     assert remembered(tmp_path) == []
@@ -129,7 +150,9 @@ def test_a_child_that_cannot_start_is_not_remembered(amx, capfd, monkeypatch, tm
 # -- what is remembered ----------------------------------------------------------------
 
 
-def test_another_build_is_asked_anew_and_the_first_is_kept(amx, capfd, monkeypatch, tmp_path):
+def test_another_build_is_asked_anew_and_the_first_is_kept(
+    amx: Child, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     amx("raise SystemExit(3)")
     monkeypatch.setattr(probe, "_build_key", lambda: "first build")
     assert probe.extra_buffers_safe() is False
@@ -141,7 +164,7 @@ def test_another_build_is_asked_anew_and_the_first_is_kept(amx, capfd, monkeypat
     assert [p.name for p in (tmp_path / "cache" / "mia").iterdir()] == ["probe.json"]
 
 
-def test_the_key_names_the_library_file_by_size_and_time():
+def test_the_key_names_the_library_file_by_size_and_time() -> None:
     import llama_cpp
 
     key = probe._build_key()
@@ -152,7 +175,7 @@ def test_the_key_names_the_library_file_by_size_and_time():
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"x"'])
-def test_a_damaged_memory_is_forgotten(amx, tmp_path, text):
+def test_a_damaged_memory_is_forgotten(amx: Child, tmp_path: Path, text: str) -> None:
     file = tmp_path / "cache" / "mia" / "probe.json"
     file.parent.mkdir(parents=True)
     file.write_text(text)
@@ -161,7 +184,9 @@ def test_a_damaged_memory_is_forgotten(amx, tmp_path, text):
     assert remembered(tmp_path) == [True]
 
 
-def test_a_cache_that_cannot_be_written_costs_the_memory_only(amx, capfd, tmp_path):
+def test_a_cache_that_cannot_be_written_costs_the_memory_only(
+    amx: Child, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     amx("pass")
     assert probe.extra_buffers_safe() is True
@@ -172,13 +197,19 @@ def test_a_cache_that_cannot_be_written_costs_the_memory_only(amx, capfd, tmp_pa
 
 
 @pytest.fixture
-def sound_build():
+def sound_build() -> None:
     """Skips where this very build is one that crashes: there the child does its work by dying."""
     if not probe.extra_buffers_safe():
         pytest.skip("the extra buffers of this build are not safe")
 
 
-def test_the_real_child_finds_this_machine_safe(sound_build, amx, tmp_path, capfd, monkeypatch):
+def test_the_real_child_finds_this_machine_safe(
+    sound_build: None,
+    amx: Child,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     child = [sys.executable, "-m", "mia.llama.probe"]
     monkeypatch.setattr(probe, "_command", lambda folder: [*child, folder])
     monkeypatch.chdir(tmp_path)  # a folder with another mia in it
@@ -188,14 +219,16 @@ def test_the_real_child_finds_this_machine_safe(sound_build, amx, tmp_path, capf
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_child_imports_what_its_parent_can(amx, monkeypatch, tmp_path):
+def test_the_child_imports_what_its_parent_can(
+    amx: Child, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "only_here.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     amx("import only_here")
     assert probe.extra_buffers_safe() is True
 
 
-def test_the_child_runs_by_itself(sound_build):
+def test_the_child_runs_by_itself(sound_build: None) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mia.llama.probe"],
         cwd=Path(__file__).parents[2],
@@ -206,7 +239,9 @@ def test_the_child_runs_by_itself(sound_build):
 
 
 @pytest.mark.parametrize("wrong", [1.2, np.nan])
-def test_the_child_reports_wrong_numbers(monkeypatch, tmp_path, wrong):
+def test_the_child_reports_wrong_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: float
+) -> None:
     logits = {False: np.ones((41, 256), np.float32), True: np.ones((41, 256), np.float32)}
     monkeypatch.setattr(probe, "_logits", lambda path, extra_bufts: logits[extra_bufts])
     monkeypatch.setattr("resource.setrlimit", lambda *_: None)  # not in this process
@@ -215,7 +250,7 @@ def test_the_child_reports_wrong_numbers(monkeypatch, tmp_path, wrong):
     assert probe.main(str(tmp_path)) == 3
 
 
-def test_the_model_has_a_matrix_of_each_type_that_amx_multiplies(tmp_path):
+def test_the_model_has_a_matrix_of_each_type_that_amx_multiplies(tmp_path: Path) -> None:
     probe.write_model(tmp_path / "probe.gguf")
     tensors = gguf.GGUFReader(tmp_path / "probe.gguf").tensors
     matrices = {t.name: t for t in tensors if len(t.shape) == 2}
@@ -227,7 +262,9 @@ def test_the_model_has_a_matrix_of_each_type_that_amx_multiplies(tmp_path):
         assert weights.std() == pytest.approx(1 / 16, rel=0.08)
 
 
-def test_the_models_logits_are_those_of_its_float_weights(sound_build, tmp_path):
+def test_the_models_logits_are_those_of_its_float_weights(
+    sound_build: None, tmp_path: Path
+) -> None:
     """The trial decode computes something real: dequantized to F32, the same model agrees."""
     path, plain = tmp_path / "probe.gguf", tmp_path / "float.gguf"
     probe.write_model(path)
@@ -251,18 +288,19 @@ def test_the_models_logits_are_those_of_its_float_weights(sound_build, tmp_path)
     assert np.linalg.norm(quantized - floats) / np.linalg.norm(floats) < 0.05
 
 
-def test_a_model_opens_with_the_verdict(amx, monkeypatch, tmp_path):
-    from mia.llama import ggml
+def test_a_model_opens_with_the_verdict(
+    amx: Child, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mia.llama import LlamaModel
     from mia.model import Model
 
-    seen = []
-    load = ggml.LlamaModel
+    seen: list[bool] = []
 
-    def spy(path, **options):
+    def spy(path: Path, **options: Any) -> LlamaModel:
         seen.append(options["extra_bufts"])
-        return load(path, **options)
+        return LlamaModel(path, **options)
 
-    monkeypatch.setattr(ggml, "LlamaModel", spy)
+    monkeypatch.setattr("mia.model.LlamaModel", spy)
     path = write_tiny(tmp_path / "tiny.gguf", "llama")
     for wish in ("0", "1"):
         monkeypatch.setenv("MIA_EXTRA_BUFTS", wish)

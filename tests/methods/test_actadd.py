@@ -1,17 +1,19 @@
 """Activation addition against the oracle: padding, alignment, several at once, samples."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from reference import check, expected
-from tiny import Tiny
+from tiny import Tiny, logits
 from tiny_gguf import write_tiny
 
 from mia.errors import RangeError, UsageError
 from mia.methods import actadd
 from mia.methods.actadd import Addition
 from mia.model import Model
+from mia.notices import MiaWarning
 from mia.request import Capture, Request, Sampling
 
 
@@ -57,7 +59,7 @@ def test_the_difference_is_added_before_the_block_at_the_front(case: Tiny, layer
 
     want = case.oracle.run([*ids, *got.tokens[:-1]], {site: add})
     np.testing.assert_allclose(got[site], want[site][: len(ids)], atol=2e-4)
-    np.testing.assert_allclose(got.logits, want["logits"][: len(ids)], atol=2e-4)
+    np.testing.assert_allclose(logits(got), want["logits"][: len(ids)], atol=2e-4)
     assert got.tokens == want["logits"][len(ids) - 1 :].argmax(-1).tolist()[: len(got.tokens)]
 
 
@@ -93,13 +95,49 @@ def test_what_cannot_be_added(llama: Tiny) -> None:
 
 
 def test_samples_of_a_seed_are_those_of_a_run_by_itself(llama: Tiny) -> None:
-    m, ids = llama.model, llama.prompt()
-    edits = actadd.edits(m, [Addition("The cat", "no", 4, 1)], len(ids))
+    m, ids, a = llama.model, llama.prompt(), Addition("The cat", "no", 4, 1)
+    edits = actadd.edits(m, [a], len(ids), bos=False)
     how = Sampling(temperature=1.0, top_p=0.9, frequency_penalty=1.0, seed=5)
-    rows = actadd.compare(m, ids, edits, n=3, n_predict=6, sampling=how)
+    with pytest.warns(MiaWarning, match="at the start of a prompt without a BOS"):
+        report = actadd.compare(m, ids, [a], n=3, n_predict=6, sampling=how)
+    rows = report.samples
     assert [r.seed for r in rows] == [5, 6, 7]
     for r in rows:
         own = Sampling(temperature=1.0, top_p=0.9, frequency_penalty=1.0, seed=r.seed)
-        assert r.plain == m.generate(ids, 6, sampling=own)
-        assert r.steered == m.generate(ids, 6, edits=edits, sampling=own)
-    assert len({r.plain for r in rows} | {r.steered for r in rows}) > 3
+        assert r.baseline == m.generate(ids, 6, sampling=own).text
+        assert r.output == m.generate(ids, 6, edits=edits, sampling=own).text
+    assert len({r.baseline for r in rows} | {r.output for r in rows}) > 3
+    assert report.plain().startswith(f"5 unsteered: {rows[0].baseline!r}\n5 steered: ")
+    with pytest.raises(UsageError, match="all the same; give a temperature"):
+        actadd.compare(m, ids, [a], n=2, sampling=Sampling())
+
+
+def test_a_continuation_says_what_was_added(llama: Tiny) -> None:
+    m, a = llama.model, Addition("The cat sat", "no", 4, 1)
+    for bos in (True, False):
+        ids = m.ids("The capital of France is", bos=bos)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MiaWarning)
+            got = actadd.add(m, ids, [a], n_predict=4)
+        # the contrast has a BOS if the prompt has one
+        edits = actadd.edits(m, [a], len(ids), bos=bos)
+        assert got.tokens == m.generate(ids, 4, edits=edits).tokens
+        (added,) = got.document()["additions"]
+        assert [t["id"] for t in added["plus_tokens"]] == m.tokenize("The cat sat", bos=bos)
+        assert len(added["minus_tokens"]) == len(added["plus_tokens"])
+    with pytest.warns(MiaWarning, match="token 0 is at the start of a prompt without a BOS"):
+        actadd.add(m, m.ids("The capital of France", bos=False), [a], n_predict=1)
+
+
+def test_one_coefficient_and_layer_for_all_or_one_each(llama: Tiny) -> None:
+    m = llama.model
+    two = actadd.additions(m, ["a", "b"], layers="-1", coeffs=[2.0])
+    assert two == [Addition("a", " ", 2, 2), Addition("b", " ", 2, 2)]
+    each = actadd.additions(m, ["a", "b"], ["c", "d"], layers="1,1", coeffs=[2, -2])
+    assert each == [Addition("a", "c", 2, 1), Addition("b", "d", -2, 1)]
+    with pytest.raises(UsageError, match="got 2 plus texts but 1 minus text"):
+        actadd.additions(m, ["a", "b"], ["c"], layers="1")
+    with pytest.raises(UsageError, match="got 2 plus texts but 3 coefficients"):
+        actadd.additions(m, ["a", "b"], coeffs=[1, 2, 3], layers="1")
+    with pytest.raises(UsageError, match="got 2 plus texts but 3 layers"):
+        actadd.additions(m, ["a", "b"], layers="0..2")

@@ -9,9 +9,11 @@ from tiny import Tiny
 
 from mia.errors import ModelError
 from mia.lenses.linear import Norm, split
+from mia.lenses.walk import Tanh
 from mia.methods import attribution
-from mia.methods.ablation import head_edits
-from mia.methods.attribution import attribute, head_contributions
+from mia.methods.attribution import attribute, attribute_logit, head_contributions
+from mia.methods.head_ablation import head_edits
+from mia.ranges import Head
 
 TOLERANCE = 1e-4
 
@@ -56,49 +58,51 @@ class Frozen:
 @pytest.mark.parametrize("at", [-1, 6])
 def test_every_part_agrees_with_the_oracle(case: Tiny, at: int) -> None:
     tokens, token, o = case.prompt(), 30, case.oracle
-    found = attribute(case.model, tokens, token, token=at)
+    shares = attribute_logit(case.model, tokens, token, token=at)
     sites = o.run(tokens)
     share = Frozen(o, sites, at)
-    assert abs(found.embed - share(sites["resid_pre.0"][at], token)) < TOLERANCE
+    assert abs(shares.embed - share(sites["resid_pre.0"][at], token)) < TOLERANCE
     for i in range(o.n_layer):
-        assert abs(found.attn[i] - share(sites[f"attn_out.{i}"][at], token)) < TOLERANCE
-        assert abs(found.mlp[i] - share(sites[f"mlp_out.{i}"][at], token)) < TOLERANCE
+        assert abs(shares.attn[i] - share(sites[f"attn_out.{i}"][at], token)) < TOLERANCE
+        assert abs(shares.mlp[i] - share(sites[f"mlp_out.{i}"][at], token)) < TOLERANCE
         for h in range(o.n_head):
-            assert abs(found.heads[i, h] - share(share.head(i, h), token)) < TOLERANCE
+            assert abs(shares.heads[i, h] - share(share.head(i, h), token)) < TOLERANCE
         bias = o.weights.get(f"blk.{i}.attn_output.bias", np.zeros(o.n_embd))
-        assert abs(found.attn_bias[i] - share(bias, token)) < TOLERANCE
-    assert abs(found.bias - share.bias(token)) < TOLERANCE
-    assert np.abs(found.rest).max() < TOLERANCE
+        assert abs(shares.attn_bias[i] - share(bias, token)) < TOLERANCE
+    assert abs(shares.bias - share.bias(token)) < TOLERANCE
+    assert np.abs(shares.rest).max() < TOLERANCE
 
 
 def test_parts_add_up_to_the_logit(case: Tiny) -> None:
     """Before soft-capping, which gemma2 does: there the capped sum is the model's logit."""
     tokens, o = case.prompt(), case.oracle
     logits = o.run(tokens)["logits"][-1]
-    found = attribute(case.model, tokens, 30)
+    shares = attribute_logit(case.model, tokens, 30)
     cap = o.logit_cap
     uncapped = logits[30] if cap is None else cap * np.arctanh(logits[30] / cap)
-    assert abs(found.total - uncapped) < TOLERANCE
-    assert abs(found.recomputed - logits[30]) < TOLERANCE
-    assert abs(found.logit - logits[30]) < TOLERANCE
+    assert abs(shares.total - uncapped) < TOLERANCE
+    assert abs(shares.recomputed - logits[30]) < TOLERANCE
+    assert abs(shares.logit - logits[30]) < TOLERANCE
     assert case.model.lens.capped == (cap is not None)
-    heads = found.heads.sum(1) + found.attn_bias + found.rest
-    assert np.abs(heads - found.attn).max() < 1e-5
+    heads = shares.heads.sum(1) + shares.attn_bias + shares.rest
+    assert np.abs(heads - shares.attn).max() < 1e-5
 
 
 def test_against_is_the_difference(case: Tiny) -> None:
     tokens = case.prompt()
-    one, two = (attribute(case.model, tokens, t) for t in (30, 40))
-    both = attribute(case.model, tokens, 30, against=40)
+    one, two = (attribute_logit(case.model, tokens, t) for t in (30, 40))
+    both = attribute_logit(case.model, tokens, 30, against=40)
     for name in ("embed", "attn", "mlp", "heads", "bias", "logit", "total"):
         difference = np.asarray(getattr(one, name)) - getattr(two, name)
         assert np.abs(np.asarray(getattr(both, name)) - difference).max() < 1e-5
 
 
 def test_an_edited_run_is_attributed_as_it_ran(case: Tiny) -> None:
-    found = attribute(case.model, case.prompt(), 30, edits=head_edits(case.model, {1: [2]}))
-    assert found.heads[1, 2] == 0
-    assert abs(found.recomputed - found.logit) < TOLERANCE
+    shares = attribute_logit(
+        case.model, case.prompt(), 30, edits=head_edits(case.model, [Head(1, 2)])
+    )
+    assert shares.heads[1, 2] == 0
+    assert abs(shares.recomputed - shares.logit) < TOLERANCE
 
 
 def test_heads_of_one_layer(llama: Tiny) -> None:
@@ -120,7 +124,43 @@ def test_wrong_sums_are_refused(llama: Tiny, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         ModelError, match=r"heads of layer \d do not add up to its attention: 50.0% is missing"
     ):
-        attribute(llama.model, llama.prompt(), 30)
+        attribute_logit(llama.model, llama.prompt(), 30)
+
+
+# -- the report -------------------------------------------------------------------------
+
+
+def test_a_report_wraps_the_shares(llama: Tiny) -> None:
+    tokens, m = llama.prompt(), llama.model
+    report = attribute(m, tokens, " France", against=" Italy", token=6, k=3)
+    ids = [m.token_id(t) for t in (" France", " Italy")]
+    shares = attribute_logit(m, tokens, ids[0], against=ids[1], token=6)
+    assert [report.answer.id, report.against and report.against.id] == ids
+    for name in ("attn", "mlp", "heads", "embed", "logit"):
+        np.testing.assert_array_equal(getattr(report.shares, name), getattr(shares, name))
+    document = report.document()
+    assert document["sum"] == round(shares.total, 6) and document["soft_capped"] is False
+    sizes = [abs(t["value"]) for t in document["top"]]
+    assert sizes[0] == np.abs(document["heads"]).max() and sizes == sorted(sizes, reverse=True)
+    assert f"(the model's own difference: {shares.logit:.4f})" in report.plain()
+    rows = report.rows()
+    assert sum(r["value"] for r in rows if r["part"] == "mlp") == pytest.approx(shares.mlp.sum())
+    assert len([r for r in rows if r["part"] == "head"]) == 18
+
+
+def test_a_report_on_a_soft_capped_model(tiny: Callable[[str], Tiny]) -> None:
+    t = tiny("gemma2")
+    report = attribute(t.model, t.prompt(), " France")
+    assert report.soft_capped and report.document()["soft_capped"] is True
+    assert f"; after soft-capping {report.shares.recomputed:.4f} (the model's own" in report.plain()
+
+
+def test_attention_that_is_not_linear_in_its_heads_is_refused(
+    llama: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attribution, "walk", lambda *_, **__: [Tanh()])
+    with pytest.raises(ModelError, match="attention of llama is not linear in its heads"):
+        head_contributions(llama.model, 1, llama.vector("head_out.1"))
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -136,7 +176,7 @@ def test_frozen_norms_split_exactly(centred: bool) -> None:
     x = parts.sum(0)[None]
     for step in steps:
         x = step(x)
-    found, constant = split(steps, parts, np.zeros(8))
-    assert np.abs(found.sum(0) + constant - x[0]).max() < 1e-12
+    shares, constant = split(steps, parts, np.zeros(8))
+    assert np.abs(shares.sum(0) + constant - x[0]).max() < 1e-12
     without = np.vstack([parts[:2], np.zeros(8)])
     assert not split(steps, without, np.zeros(8))[0][2].any()

@@ -1,6 +1,5 @@
 """Directions from pairs: what is read, and what is made of it, against the oracle."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,18 @@ from oracle import Oracle
 from own_functions import own
 from tiny import Tiny
 
-from mia.errors import FileError, MiaError, RangeError, UsageError
+from mia.datasets.pairs import ContrastPair, select_pairs
+from mia.datasets.selection import Selection
+from mia.errors import FileError, RangeError, UsageError
 from mia.methods import contrast
-from mia.methods.contrast import Pair, PairActivations
+from mia.methods.contrast import PairActivations
+from mia.notices import MiaWarning
 
 PAIRS = [
-    Pair("The cat sat on the mat", "The dog sat on the mat"),
-    Pair("sky is blue", "sky is red and no"),
-    Pair("The capital of France is Paris", "Rome"),
-    Pair("yes", "no and no"),
+    ContrastPair("The cat sat on the mat", "The dog sat on the mat"),
+    ContrastPair("sky is blue", "sky is red and no"),
+    ContrastPair("The capital of France is Paris", "Rome"),
+    ContrastPair("yes", "no and no"),
 ]
 
 
@@ -57,7 +59,7 @@ def test_every_site_and_layer_of_the_last_token(case: Tiny, site: str) -> None:
 )
 def test_where_a_text_is_read(llama: Tiny, read: str, at: object) -> None:
     text = "The cat sky is blue is"[:-3]
-    got = contrast.extract(llama.model, [Pair(text, "The cat sky is red")], read=read)
+    got = contrast.extract(llama.model, [ContrastPair(text, "The cat sky is red")], read=read)
     sites = llama.oracle.run(llama.model.tokenize(text))
     for layer in got.positive:
         want = sites[f"resid_post.{layer}"][at].mean(0)  # type: ignore[call-overload]
@@ -75,7 +77,7 @@ def test_the_marker_meant_is_the_last_and_may_begin_inside_a_token(llama: Tiny) 
 
 
 def test_a_pairs_own_index_comes_first(llama: Tiny) -> None:
-    pair = Pair("The cat sat", "The dog sat", read_positive=1, read_negative=-2)
+    pair = ContrastPair("The cat sat", "The dog sat", read_positive=1, read_negative=-2)
     got = contrast.extract(llama.model, [pair])
     np.testing.assert_allclose(
         got.positive[0][0], truth(llama, "The cat sat", "resid_post.0", [1]), atol=1e-4
@@ -186,7 +188,7 @@ def test_texts_that_do_not_differ_have_no_direction(llama: Tiny, method: str) ->
     with pytest.raises(UsageError, match=r"do not differ at the token read \(0\)"):
         contrast.train(llama.model, PAIRS, read="0", method=method)
     # where they begin to differ further up, the direction below is zero
-    ends_alike = [Pair("The cat is", "The dog is"), Pair("red is", "blue is")]
+    ends_alike = [ContrastPair("The cat is", "The dog is"), ContrastPair("red is", "blue is")]
     got = contrast.train(llama.model, ends_alike, site="attn_norm", method=method)
     assert got.norms[0] == 0 and got.norms[1] > 0.1 and got.norms[2] > 0.1
 
@@ -203,7 +205,10 @@ def test_rounding_is_no_difference(llama: Tiny, monkeypatch: pytest.MonkeyPatch)
         return results
 
     monkeypatch.setattr(llama.model, "run", rounded)
-    alike, other = Pair("The cat sat", "The cat on the mat"), Pair("The cat", "The dog")
+    alike, other = (
+        ContrastPair("The cat sat", "The cat on the mat"),
+        ContrastPair("The cat", "The dog"),
+    )
     got = contrast.extract(llama.model, [alike, other], read="2")
     for layer in got.positive:
         same, differs = np.abs(got.positive[layer] - got.negative[layer]).max(-1)
@@ -226,78 +231,53 @@ def test_a_users_function_may_do_without_differences() -> None:
     assert contrast.aggregate(PairActivations(same, same), own)[0].tolist() == [0, 0, 0]
 
 
-# -- pairs -------------------------------------------------------------------------------
+# -- the experiment ------------------------------------------------------------------------
 
 
-def test_pairs_from_each_kind_of_file(tmp_path: Path) -> None:
-    want = [Pair("a, b", "c"), Pair("d", 'e "f"')]
-    (tmp_path / "p.jsonl").write_text(
-        '{"positive": "a, b", "negative": "c"}\n\n{"positive": "d", "negative": "e \\"f\\""}\n'
-    )
-    (tmp_path / "p.csv").write_text('negative,positive\nc,"a, b"\n"e ""f""",d\n')
-    (tmp_path / "pos.txt").write_text("a, b\n\nd\n\n")
-    (tmp_path / "neg.txt").write_text('c\n \ne "f"\n')
-    assert contrast.load_pairs(tmp_path / "p.jsonl") == want
-    assert contrast.load_pairs(tmp_path / "p.csv") == want
-    assert contrast.load_pairs(tmp_path / "pos.txt", tmp_path / "neg.txt") == want
-    rows = [{"positive": p.positive, "negative": p.negative} for p in want]
-    (tmp_path / "p.json").write_text(json.dumps(rows, indent=1))
-    assert contrast.load_pairs(tmp_path / "p.json") == want
-    (tmp_path / "i.jsonl").write_text('{"positive": "a", "negative": "b", "read_positive": -2}\n')
-    assert contrast.load_pairs(tmp_path / "i.jsonl") == [Pair("a", "b", -2, None)]
-    assert len(contrast.load_pairs("french")) >= 60
-
-
-def test_marks_of_other_editors_are_read(tmp_path: Path) -> None:
-    """A BOM in front, and line separators that are part of a text."""
-    bom = "\ufeff"
-    want = [Pair("a\u2028b", "c\x0cd"), Pair("e", "f")]
-    rows = [{"positive": p.positive, "negative": p.negative} for p in want]
-    lines = [json.dumps(r, ensure_ascii=False) for r in rows]
-    for name, text in {
-        "p.jsonl": "\n".join(lines),
-        "p.json": f"[{','.join(lines)}]",
-        "p.csv": "positive,negative\na\u2028b,c\x0cd\ne,f\n",
-        "pos.txt": "a\u2028b\ne",
-        "neg.txt": "c\x0cd\nf",
-    }.items():
-        (tmp_path / name).write_text(bom + text, encoding="utf-8")
-    for name in ("p.jsonl", "p.json", "p.csv"):
-        assert contrast.load_pairs(tmp_path / name) == want, name
-    assert contrast.load_pairs(tmp_path / "pos.txt", tmp_path / "neg.txt") == want
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"p.jsonl": ""}, "p.jsonl is empty"),
-        ({"p.csv": "positive,negative\n"}, "p.csv is empty"),
-        ({"p.jsonl": '{"positive": "a"}'}, "line 1: there is no text 'negative'"),
-        ({"p.csv": "positive,other\na,b\n"}, "row 1: there is no text 'negative'"),
-        ({"p.jsonl": "[1"}, "line 1 is not JSON"),
-        ({"p.jsonl": "1"}, "line 1: there is no text 'positive'"),
-        ({"p.jsonl": "[1]"}, "item 0: there is no text 'positive'"),
-        ({"p.csv": "positive,negative\na,b\nc,d,e\n"}, "row 2 has more fields than the header"),
-        ({"p.csv": f"positive,negative\na,{'b' * 140000}\n"}, "is not CSV that can be read"),
-        ({"a.txt": "x\n\ny\n", "b.txt": "z\nw\n"}, "a.txt, line 2 is blank, and that of .*b.txt"),
-        ({"a.txt": "x\ny\nz\n", "b.txt": "z\n\nw\n"}, "b.txt, line 2 is blank"),
-        ({"a.txt": "x\ny\n", "b.txt": "z\n"}, "has 2 texts and .*b.txt has 1"),
-        ({"a.txt": "x\n", "b.txt": ""}, "b.txt is empty"),
-        ({"a.txt": "x", "b.txt": "y", "c.txt": "z"}, "3 files are given"),
-    ],
-)
-def test_broken_pairs_are_one_clear_line(
-    tmp_path: Path, files: dict[str, str], message: str
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(MiaError, match=message) as err:
-        contrast.load_pairs(*(tmp_path / name for name in files))
-    assert "\n" not in str(err.value)
-
-
-def test_no_file_and_no_pairs(llama: Tiny) -> None:
-    with pytest.raises(FileError, match=r"no file nowhere.*shipped: .*sentiment"):
-        contrast.load_pairs("nowhere")
+def test_no_pairs(llama: Tiny) -> None:
     with pytest.raises(UsageError, match="no pairs"):
         contrast.train(llama.model, [])
+
+
+@pytest.fixture
+def sentiment(tmp_path: Path) -> Selection[ContrastPair]:
+    (tmp_path / "pos.txt").write_text("The cat sat\nsky is blue\n")
+    (tmp_path / "neg.txt").write_text("The dog sat\nsky is red\n")
+    return select_pairs(tmp_path / "pos.txt", tmp_path / "neg.txt")
+
+
+def test_a_learned_vector_has_its_name_and_data(
+    llama: Tiny, sentiment: Selection[ContrastPair]
+) -> None:
+    report = contrast.learn(llama.model, sentiment, layers="1..2", method="pca", name="up")
+    want = contrast.train(llama.model, sentiment.items, layers=[1, 2], method="pca")
+    for layer in (1, 2):
+        np.testing.assert_array_equal(report.vector[layer], want[layer])
+    metadata = report.vector.metadata
+    assert metadata["name"] == "up" and metadata["data"] == "pos.txt, neg.txt"
+    assert metadata["items"] == "0..1" and report.document()["model"]["name"] == llama.model.name
+    by_site = contrast.learn(llama.model, sentiment, site="l_out-2", bos=True)
+    assert by_site.vector.layers == [2]
+
+
+def test_what_a_learned_vector_cannot_be(llama: Tiny, sentiment: Selection[ContrastPair]) -> None:
+    with pytest.raises(UsageError, match="'logits': a vector belongs to a site with layers"):
+        contrast.learn(llama.model, sentiment, site="logits")
+    with pytest.raises(UsageError, match="'l_out-2' already names layers"):
+        contrast.learn(llama.model, sentiment, site="l_out-2", layers="1")
+    with pytest.raises(RangeError, match="layer 9 is out of range; there are 0 to 2"):
+        contrast.learn(llama.model, sentiment, layers="9")
+
+
+def test_texts_without_a_bos_are_noticed(llama: Tiny, sentiment: Selection[ContrastPair]) -> None:
+    with pytest.warns(MiaWarning, match="read without a BOS"):
+        contrast.learn(llama.model, sentiment, bos=False)
+
+
+def test_pairs_may_be_the_name_of_data(llama: Tiny) -> None:
+    report = contrast.learn(llama.model, "sentiment", layers=[1], read="last")
+    assert report.vector.layers == [1] and report.vector.metadata["data"] == "sentiment.jsonl"
+    by_hand = contrast.train(llama.model, "sentiment", layers=[1])
+    np.testing.assert_array_equal(report.vector[1], by_hand[1])
+    with pytest.raises(FileError, match="there is no file sentimentt"):
+        contrast.train(llama.model, "sentimentt")

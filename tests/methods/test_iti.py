@@ -8,9 +8,12 @@ import pytest
 from reference import check
 from tiny import Tiny
 
-from mia.errors import MiaError, RangeError, UsageError
-from mia.methods import iti
-from mia.methods.iti import HeadData, Question
+from mia.datasets.choices import Question, select_questions
+from mia.errors import RangeError, UsageError
+from mia.methods import iti, iti_evaluation
+from mia.methods.iti import HeadData
+from mia.notices import MiaWarning
+from mia.ranges import Head, top_heads
 from mia.request import Capture, Request
 
 QUESTIONS = [
@@ -39,7 +42,7 @@ def test_every_head_at_the_last_token_of_the_answer(llama: Tiny, data: HeadData)
 
 
 def test_directions_are_centre_of_mass_times_deviation(data: HeadData) -> None:
-    got = iti.directions(data, [(1, 2), (0, 4)])
+    got = iti.directions(data, [Head(1, 2), Head(0, 4)])
     for (layer, head), v in got.items():
         x = data.x[:, layer, head].astype(np.float64)
         theta = x[data.label].mean(0) - x[~data.label].mean(0)
@@ -56,9 +59,9 @@ def test_probes_find_the_head_that_knows(monkeypatch: pytest.MonkeyPatch) -> Non
     data = HeadData(x, label, np.repeat(np.arange(40), 2))
     accuracy = iti.probe_accuracy(data, np.random.default_rng(1), folds=4)
     assert accuracy.shape == (2, 3)
-    assert iti.top_heads(accuracy, 1) == [(1, 2)] and accuracy[1, 2] > 0.95
+    assert top_heads(accuracy, 1) == [(1, 2)] and accuracy[1, 2] > 0.95
     assert (np.delete(accuracy.ravel(), 5) < 0.75).all()
-    with pytest.raises(UsageError, match="41 folds of 40 questions"):
+    with pytest.raises(UsageError, match="cannot split 40 questions into 41 folds"):
         iti.probe_accuracy(data, rng, folds=41)
 
 
@@ -72,24 +75,17 @@ def test_folds_keep_a_questions_answers_together() -> None:
     assert iti.probe_accuracy(data, np.random.default_rng(1), folds=5)[0, 0] < 0.8
 
 
-def test_top_heads() -> None:
-    accuracy = np.array([[0.5, 0.9], [0.9, 0.7]], np.float32)
-    assert iti.top_heads(accuracy, 3) == [(0, 1), (1, 0), (1, 1)]
-    with pytest.raises(RangeError, match="5 heads are asked for; the model has 4"):
-        iti.top_heads(accuracy, 5)
-
-
 def test_the_vector_has_the_chosen_heads_and_no_others(llama: Tiny, tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra probes)")
     m = llama.model
     vector, accuracy = iti.train(m, QUESTIONS, k=4, rng=np.random.default_rng(0))
-    heads = iti.top_heads(accuracy, 4)
+    heads = top_heads(accuracy, 4)
     want = iti.directions(iti.collect(m, QUESTIONS), heads)
     assert vector.site == "head_out" and vector.layers == sorted({layer for layer, _ in heads})
     for layer in vector.layers:
         rows = vector[layer].reshape(m.n_head, m.head_dim)
         for head in range(m.n_head):
-            expect = want.get((layer, head), np.zeros(m.head_dim))
+            expect = want.get(Head(layer, head), np.zeros(m.head_dim))
             np.testing.assert_allclose(rows[head], expect, atol=1e-5)
     vector.save(tmp_path / "v.safetensors")
 
@@ -101,7 +97,7 @@ def _vector(t: Tiny):  # type: ignore[no-untyped-def]
 
 
 def test_it_is_added_at_the_last_prompt_token_and_each_generated_one(case: Tiny) -> None:
-    edits = iti.generation_edits(_vector(case), 2.0)
+    edits = iti_evaluation.generation_edits(_vector(case), 2.0)
     request = Request(
         case.prompt(), edits, [Capture("head_out", generated=True)], "all", n_predict=5
     )
@@ -118,7 +114,7 @@ def test_it_is_added_at_the_last_prompt_token_and_each_generated_one(case: Tiny)
     ids = [*request.tokens, *got.tokens[:-1]]
     want = case.oracle.run(ids, {f"head_out.{i}": add(i) for i in (0, 1)})
     np.testing.assert_allclose(got["head_out.1"], want["head_out.1"], atol=1e-4)
-    assert iti.generation_edits(_vector(case), 0.0) == []
+    assert iti_evaluation.generation_edits(_vector(case), 0.0) == []
 
 
 def test_in_multiple_choice_the_scored_tokens_are_steered_too(llama: Tiny) -> None:
@@ -142,7 +138,7 @@ def test_in_multiple_choice_the_scored_tokens_are_steered_too(llama: Tiny) -> No
         return float(sum(x[i - 1, ids[i]] for i in range(len(begun), len(ids))))
 
     for on in (False, True):
-        got = iti.multiple_choice(m, QUESTIONS, [(v, alpha)] if on else None)
+        got = iti_evaluation.multiple_choice(m, QUESTIONS, [(v, alpha)] if on else None)
         for i, q in enumerate(QUESTIONS):
             right = np.array([score(q, a, on) for a in q.correct])
             wrong = np.array([score(q, a, on) for a in q.incorrect])
@@ -151,60 +147,55 @@ def test_in_multiple_choice_the_scored_tokens_are_steered_too(llama: Tiny) -> No
             assert got.mc2[i] == pytest.approx(mass, abs=1e-4)
 
 
-def test_questions_from_files(tmp_path: Path) -> None:
-    (tmp_path / "q.jsonl").write_text(
-        '{"question": "a?", "correct_answers": ["b"], "incorrect_answers": ["c", "d"]}\n\n'
-    )
-    assert iti.load_questions(tmp_path / "q.jsonl") == [Question("a?", ("b",), ("c", "d"))]
-    shipped = iti.load_questions("agree_vs_accurate")
-    assert len(shipped) >= 60
-    assert shipped[0].correct[0].startswith("No, it is the earth that turns")
-    assert shipped[0].incorrect[0].startswith("Yes, you're right")
-    assert "Choices" not in shipped[0].question
+# -- experiments ------------------------------------------------------------------------
 
 
-def _row(**changes: object) -> str:
-    """A line of JSONL, as it should be but for the changes."""
-    row = {"question": "a?", "correct_answers": ["b"], "incorrect_answers": ["c"], **changes}
-    return json.dumps(row, ensure_ascii=False)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is empty"),
-        ("{", "line 1 is not JSON"),
-        ("1", "line 1: there is no text 'question'"),
-        (_row(question=3), "line 1: there is no text 'question'"),
-        (_row(question=" "), "line 1: there is no text 'question'"),
-        (_row(correct_answers="yes"), "line 1: 'correct_answers' is 'yes'; a list of texts"),
-        (_row(correct_answers=[]), r"line 1: 'correct_answers' is \[\]; a list of texts"),
-        (_row(incorrect_answers=None), "line 1: 'incorrect_answers' is None; a list of texts"),
-        (_row() + "\n" + _row(incorrect_answers=["b", " "]), r"line 2: 'incorrect_answers' is"),
-        (_row(correct_answers=[1]), r"line 1: 'correct_answers' is \[1\]"),
-        (_row(best_answer=["b"]), r"line 1: 'best_answer' is \['b'\]; a text is needed"),
-    ],
-)
-def test_broken_questions_are_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "q.jsonl").write_text(text)
-    with pytest.raises(MiaError, match=message) as err:
-        iti.load_questions(tmp_path / "q.jsonl")
-    assert "\n" not in str(err.value)
-    with pytest.raises(MiaError, match=r"no file .*gone.jsonl"):
-        iti.load_questions(tmp_path / "gone.jsonl")
-
-
-def test_the_best_answer_comes_first(tmp_path: Path) -> None:
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
     rows = [
-        _row(correct_answers=["b", "c", "d"], best_answer="c"),
-        _row(correct_answers=["b"], best_answer="the best"),
-        _row(correct_answers=["b"], best_answer=None),
+        {"question": q.question, "correct_answers": q.correct, "incorrect_answers": q.incorrect}
+        for q in QUESTIONS
     ]
-    (tmp_path / "q.jsonl").write_text("\n".join(rows))
-    found = [q.correct for q in iti.load_questions(tmp_path / "q.jsonl")]
-    assert found == [("c", "b", "d"), ("the best", "b"), ("b",)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "q.jsonl"
 
 
-def test_marks_of_other_editors_are_read(tmp_path: Path) -> None:
-    (tmp_path / "q.jsonl").write_text("\ufeff" + _row(question="a\u2028b?"), encoding="utf-8")
-    assert iti.load_questions(tmp_path / "q.jsonl") == [Question("a\u2028b?", ("b",), ("c",))]
+def test_what_is_learned_names_its_heads(llama: Tiny, file: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra probes)")
+    report = iti.learn(llama.model, select_questions(file), n_heads=3, seed=5)
+    vector, accuracy = iti.train(llama.model, QUESTIONS, k=3, rng=np.random.default_rng(5))
+    for layer in vector.layers:
+        np.testing.assert_array_equal(report.vector[layer], vector[layer])
+    heads = top_heads(accuracy, 3)
+    document = report.document()
+    assert document["heads"] == [{"layer": h.layer, "head": h.head} for h in heads]
+    assert report.vector.metadata["heads"] == json.dumps([f"{h.layer}.{h.head}" for h in heads])
+    assert report.vector.metadata["items"] == "0..3"
+    assert report.plain().splitlines()[1].startswith(f"  {heads[0]}  ")
+    with pytest.raises(RangeError, match="n_heads must be 1 to 18, got 99"):
+        iti.learn(llama.model, select_questions(file), n_heads=99)
+
+
+def test_an_evaluation_has_every_alpha_beside_none(llama: Tiny, file: Path) -> None:
+    v, data = _vector(llama), select_questions(file, "1..")
+    report = iti_evaluation.evaluate(
+        llama.model, v, data, alphas=[1.5], n_answers=1, n_predict=3, seed=2
+    )
+    plain, steered = (
+        iti_evaluation.multiple_choice(llama.model, QUESTIONS[1:], [(v, a)]) for a in (0.0, 1.5)
+    )
+    assert [s.alpha for s in report.scores] == [0, 1.5]
+    assert report.scores[1].mc2.value == pytest.approx(steered.mc2.mean(), abs=1e-5)
+    change = (steered.mc2 - plain.mc2).mean()
+    assert report.scores[1].mc2_change.value == pytest.approx(change, abs=1e-5)
+    (answer,) = report.document()["answers"]
+    assert answer["question"] == QUESTIONS[1].question and len(answer["answers"]) == 2
+    with pytest.raises(UsageError, match="give at least two items"):
+        iti_evaluation.evaluate(llama.model, v, select_questions(file, "1"))
+
+
+def test_questions_that_were_learned_from_are_noticed(llama: Tiny, file: Path) -> None:
+    data = select_questions(file)
+    learned = _vector(llama).with_metadata(**data.metadata())
+    with pytest.warns(MiaWarning, match=r"trained on items 2..3 of this evaluation"):
+        iti_evaluation.evaluate(llama.model, learned, select_questions(file, "2.."))

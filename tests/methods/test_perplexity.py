@@ -1,4 +1,6 @@
-"""Perplexity against the oracle: windows, edits, and the sweep over layers."""
+"""Perplexity against the oracle: windows and edits."""
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,10 +9,12 @@ from tiny import Tiny
 from mia.edits import Edit
 from mia.errors import UsageError
 from mia.methods import perplexity as method
-from mia.methods.perplexity import by_layer, perplexity
+from mia.methods.changes import Changes
+from mia.methods.perplexity import measure, perplexity
+from mia.notices import MiaWarning
 
 
-def losses(t: Tiny, tokens: list[int], edits: dict | None = None) -> np.ndarray:
+def losses(t: Tiny, tokens: list[int], edits: dict[str, Any] | None = None) -> np.ndarray:
     x = t.oracle.run(tokens, edits)["logits"][:-1]
     logp = x - x.max(-1, keepdims=True)
     logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
@@ -93,29 +97,25 @@ def test_edits_act_in_every_window_or_at_tokens_of_the_only_one(
     np.testing.assert_allclose(got.nll, want, atol=1e-4)
 
 
-def test_a_ratio_for_each_layer_and_text(llama: Tiny) -> None:
-    texts, v = [llama.prompt(9), llama.prompt(14, seed=4), [5]], llama.vector()
-    got = by_layer(
-        llama.model, texts, lambda layer, n: [Edit(f"resid_post.{layer}", "add", v)], [2, 0]
-    )
-    assert (got.n_texts, got.skipped) == (2, 1)
-    assert got.layers == [2, 0] and got.log_ratio.shape == (2, 2)  # a text of one token is left out
-    for i, layer in enumerate([2, 0]):
-        for j, ids in enumerate(texts[:2]):
-            steered = losses(llama, ids, {f"resid_post.{layer}": lambda x: x + v})
-            want = steered.mean() - losses(llama, ids).mean()
-            assert got.log_ratio[i, j] == pytest.approx(want, abs=1e-4)
-    np.testing.assert_allclose(got.ratio, np.exp(got.log_ratio.mean(1)), rtol=1e-6)
-    low, high = got.interval(np.random.default_rng(0)).T
-    assert (low <= got.ratio).all() and (got.ratio <= high).all()
-    again = got.interval(np.random.default_rng(0)).T
-    np.testing.assert_array_equal([low, high], again)
-
-
 def test_too_little_text(llama: Tiny) -> None:
     with pytest.raises(UsageError, match="needs two tokens; there are 1"):
         perplexity(llama.model, [5])
-    with pytest.raises(UsageError, match="no text has two tokens"):
-        by_layer(llama.model, [[5]], lambda layer, n: [], [0])
-    with pytest.raises(UsageError, match="text 1 has 257 tokens; the context holds 256"):
-        by_layer(llama.model, [[5, 6], [5] * 257], lambda layer, n: [], [0])
+
+
+def test_a_report_has_the_text_plain_and_changed(llama: Tiny) -> None:
+    ids = llama.prompt(30)
+    report = measure(llama.model, ids, Changes(ablate="1.2"), window=20)
+    plain = perplexity(llama.model, ids, window=20)
+    edits = Changes(ablate="1.2").edits(llama.model, ids)
+    changed = perplexity(llama.model, ids, window=20, edits=edits)
+    document = report.document()
+    assert document["perplexity"] == pytest.approx(plain.value, abs=1e-6)
+    assert document["changed"] == pytest.approx(changed.value, abs=1e-6)
+    assert report.ratio == pytest.approx(changed.value / plain.value)
+    assert (document["n_tokens"], document["n_scored"], document["n_windows"]) == (30, 28, 2)
+    assert [r["nll_changed"] for r in report.rows()] == pytest.approx(changed.nll.tolist())
+    only = measure(llama.model, ids)
+    assert only.changed is None and "ratio" not in only.document()
+    assert list(only.rows()[0]) == ["nll"]
+    with pytest.warns(MiaWarning, match="window reduced to the context size, 256"):
+        measure(llama.model, ids, window=9999)

@@ -231,7 +231,7 @@ def test_each_wrong_entry_names_file_model_and_keys(home: Path, text: str, messa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'path = "a"', "models.toml: 'path' stands outside of a model: write [NAME] above it"),
+        (b'path = "a"', "models.toml: 'path' is not inside a [NAME] section"),
         (b'["a/b"]', "a name has no path separator and no .gguf at its end"),
         (b'["a.GGUF"]', "a name has no path separator and no .gguf at its end"),
         (b"[x\n", "models.toml is not valid TOML: Expected ']'"),

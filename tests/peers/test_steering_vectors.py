@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import Tiny
+from tiny import Tiny, logits
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 torch = pytest.importorskip("torch", reason="torch is not installed (tests/peers/requirements.txt)")
@@ -15,7 +15,7 @@ sv = pytest.importorskip(
 
 from hf_llama import Tokenizer, as_transformers  # noqa: E402
 
-from mia.methods import extract  # noqa: E402
+from mia.methods import contrast  # noqa: E402
 from mia.request import Request  # noqa: E402
 from mia.vectors import Vector  # noqa: E402
 
@@ -64,7 +64,7 @@ def test_vectors_agree(llama: Tiny, theirs: Any, layer_type: str, method: str) -
     want = sv.train_steering_vector(
         theirs, Tokenizer(llama.model), PAIRS, layer_type=layer_type, aggregator=aggregator
     )
-    got = extract.train(llama.model, PAIRS, site=LAYER_TYPES[layer_type], method=method)
+    got = contrast.train(llama.model, PAIRS, site=LAYER_TYPES[layer_type], method=method)
     assert got.layers == sorted(want.layer_activations)
     for layer in got.layers:
         a, b = got[layer], want.layer_activations[layer].numpy()
@@ -74,7 +74,7 @@ def test_vectors_agree(llama: Tiny, theirs: Any, layer_type: str, method: str) -
 
 def test_a_token_in_the_middle_is_read_alike(llama: Tiny, theirs: Any) -> None:
     want = sv.train_steering_vector(theirs, Tokenizer(llama.model), PAIRS, read_token_index=2)
-    got = extract.train(llama.model, PAIRS, read="2")
+    got = contrast.train(llama.model, PAIRS, read="2")
     for layer in got.layers:
         np.testing.assert_allclose(got[layer], want.layer_activations[layer].numpy(), atol=1e-4)
 
@@ -83,14 +83,14 @@ def test_a_token_in_the_middle_is_read_alike(llama: Tiny, theirs: Any) -> None:
     ("op", "operator"),
     [
         ("add", "addition"),
-        ("ablate", "ablation"),
-        ("ablate-add", "ablation_then_addition"),
+        ("project_out", "ablation"),
+        ("project_out_add", "ablation_then_addition"),
     ],
 )
 @pytest.mark.parametrize("start", [0, 3])
 def test_steered_logits_agree(llama: Tiny, theirs: Any, op: str, operator: str, start: int) -> None:
     ids = llama.model.tokenize(PROMPT)
-    v = extract.train(llama.model, PAIRS, layers=[1])
+    v = contrast.train(llama.model, PAIRS, layers=[1])
     patch = sv.SteeringVector({i: torch.tensor(v[i]) for i in v.layers})
     plain = _logits(theirs, ids)
     with patch.apply(
@@ -112,7 +112,7 @@ def test_steered_logits_agree(llama: Tiny, theirs: Any, op: str, operator: str, 
 def test_they_steer_with_a_vector_file_of_ours(llama: Tiny, theirs: Any, tmp_path: Any) -> None:
     from mia.vectors import load
 
-    extract.train(llama.model, PAIRS).save(tmp_path / "v.gguf")
+    contrast.train(llama.model, PAIRS).save(tmp_path / "v.gguf")
     v = load(tmp_path / "v.gguf")
     assert isinstance(v, Vector) and v.layers == [1, 2]
     ids = llama.model.tokenize(PROMPT)
@@ -120,5 +120,5 @@ def test_they_steer_with_a_vector_file_of_ours(llama: Tiny, theirs: Any, tmp_pat
     with patch.apply(theirs, multiplier=-1.0):
         want = _logits(theirs, ids)
     with llama.model.steered(v, coeff=-1.0):
-        got = llama.model.run([Request(ids, logits="all")])[0].logits
+        got = logits(llama.model.run([Request(ids, logits="all")])[0])
     np.testing.assert_allclose(got, want, atol=1e-3)

@@ -4,13 +4,14 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mia.cli import _icl
 from mia.errors import FileError, UsageError
-from mia.measure.metrics import Accuracy
+from mia.measure.estimates import Accuracy
+from mia.methods.icl_reports import plot_curves
 from mia.show import plots
 
 
@@ -19,7 +20,7 @@ def _maps(n_layer: int, n_head: int, n: int) -> np.ndarray:
     return (x / x.sum(-1, keepdims=True)).astype(np.float32)
 
 
-def _no_overlap(fig) -> None:  # type: ignore[no-untyped-def]
+def _no_overlap(fig: Any) -> None:
     """No two labels of an axis touch, and none leaves the picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -87,7 +88,7 @@ def test_values_land_where_they_belong() -> None:
     maps = np.zeros((5, 5, 4, 4), np.float32)
     maps[1, 2, 3, 0] = 1
     fig = plots.attention_grid(maps, layers=range(5), heads=range(5), pieces=["x"] * 4)
-    canvas = fig.axes[0].images[0].get_array()
+    canvas = np.asarray(fig.axes[0].images[0].get_array())
     pitch = 5  # 4 cells and a gap
     assert canvas[1 * pitch + 3, 2 * pitch + 0] == 1 and np.nansum(canvas) == 1
     pooled = plots._pooled(np.eye(100, dtype=np.float32), 10)
@@ -121,7 +122,8 @@ def test_many_curves_are_told_apart_and_the_legend_covers_nothing(n: int, bands:
         canvas = FigureCanvasAgg(fig)
         canvas.draw()
         box, around = fig.legends[0].get_window_extent(), axes.get_tightbbox()
-        assert not box.overlaps(around) and around.height > 3.5 * fig.dpi
+        assert around is not None and not box.overlaps(around)
+        assert around.height > 3.5 * fig.dpi
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= canvas.get_width_height()[0]
         texts = [t.get_text() for t in fig.legends[0].get_texts() if t.get_text().strip()]
         assert texts == [line.name for line in lines]
@@ -132,7 +134,7 @@ def test_a_line_has_points_of_its_own_and_names_keep_their_colour() -> None:
     b = plots.Line(name="b", x=[2.5], y=[0.5])
     fig = plots.panels([plots.Panel(lines=[a, b]), plots.Panel(lines=[b], share=True)])
     top, bottom = fig.axes
-    assert top.lines[1].get_xdata().tolist() == [2.5]
+    assert list(np.asarray(top.lines[1].get_xdata())) == [2.5]
     assert top.lines[1].get_color() == bottom.lines[0].get_color() != top.lines[0].get_color()
     assert [t.get_text() for t in fig.legends[0].get_texts()] == [" _a\\$", "b"]
     plots.panels([plots.Panel(lines=[plots.Line(name="a", x=[], y=[])])])
@@ -146,14 +148,14 @@ def test_few_layers_have_whole_ticks(layers: list[int]) -> None:
     assert ticks == layers
 
 
-def _drawn(monkeypatch, *args):  # type: ignore[no-untyped-def]
-    figures = []
+def _drawn(monkeypatch: pytest.MonkeyPatch, *args: Any) -> Any:
+    figures: list[Any] = []
     monkeypatch.setattr(plots, "save", lambda fig, path: figures.append(fig))
-    _icl.plot_curves("x.svg", *args)
+    plot_curves("x.svg", *args)
     return figures[0]
 
 
-def _texts(fig) -> list[str]:  # type: ignore[no-untyped-def]
+def _texts(fig: Any) -> list[str]:
     return [t.get_text() for t in fig.legends[0].get_texts() if t.get_text().strip()]
 
 
@@ -199,6 +201,8 @@ def test_two_curves_of_a_task_are_solid_and_dashed_or_in_two_panels(
 
 
 def test_a_clipped_heatmap_shows_what_one_strong_cell_would_hide() -> None:
+    from matplotlib.patches import Rectangle
+
     a = np.tile([0.01, -0.01], (30, 4))
     a[20, 5], a[3, 1], a[4, 2], a[5, 3] = 0.25, -0.125, 0.03, 0.02
     fig = plots.heatmap(a, diverging=True, clipped=True, bar="effect")
@@ -208,7 +212,7 @@ def test_a_clipped_heatmap_shows_what_one_strong_cell_would_hide() -> None:
     assert bar.get_ylabel() == (
         "effect\nframed: the 10 strongest; max 0.25 at 20.5; min -0.12 at 3.1"
     )
-    framed = [tuple(p.get_xy()) for p in axes.patches]
+    framed = [tuple(p.get_xy()) for p in axes.patches if isinstance(p, Rectangle)]
     assert framed[:3] == [(4.5, 19.5), (0.5, 2.5), (1.5, 3.5)] and len(framed) == 10
     # nearly all are 0: the one that is not still has a colour
     a = np.zeros((30, 9))
@@ -255,7 +259,7 @@ def test_wrong_names_and_shapes_are_refused(tmp_path: Path) -> None:
         plots.check_picture(tmp_path / "no" / "a.png")
     with pytest.raises(UsageError, match=r"not of shape \(3,\)"):
         plots.heatmap([1, 2, 3])
-    with pytest.raises(UsageError, match="1 labels are given for 2 cells"):
+    with pytest.raises(UsageError, match="got 1 labels for 2 cells"):
         plots.heatmap([[1, 2]], x_labels=["a"])
     with pytest.raises(UsageError, match="are not of 2 layers and 1 heads"):
         plots.attention_grid(_maps(1, 1, 3), layers=[0, 1], heads=[0], pieces=["x"] * 3)

@@ -1,0 +1,107 @@
+"""One decode: tells the tracer what to do at which node, and runs llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mia.arrays import Array, IntArray
+from mia.edits import Edit
+from mia.engine.answers import Buffer
+from mia.engine.batch import Batch
+from mia.engine.finite import check_logits
+from mia.engine.generation import Generation
+from mia.engine.jobs import Read
+from mia.engine.segments import Output
+from mia.engine.session import Session, Variant
+from mia.engine.visits import Visits
+from mia.errors import EngineError
+from mia.sites import BY_KEY, Site
+
+#: decodes of one batch before we give up on a graph that is new each time
+_ATTEMPTS = 4
+
+
+class Restart(Exception):
+    """The graph was not a known one, and the memory cannot be cut back: run the request again."""
+
+
+class Decoder:
+    """The decodes of one run."""
+
+    def __init__(
+        self, session: Session, edits: Mapping[Edit, Site], buffers: Mapping[Read, Buffer]
+    ):
+        self._session, self._context = session, session.context
+        self._edits, self._buffers = edits, buffers
+        sites = [*edits.values(), *(s for read in buffers for s in read.sites)]
+        self._track_cells = any(site.name in BY_KEY for site in sites)
+        #: for each row of the batch, its place among the outputs
+        self._output_index: IntArray = np.empty(0, np.intp)
+        #: what the tracer expects as long as the same generations go on, at the same graph
+        self._standing: tuple[Visits, Sequence[Generation], Variant] | None = None
+
+    def decode(self, batch: Batch) -> None:
+        """Decodes a batch, edits and captures included.
+
+        llama.cpp may build a graph that is not known yet. Then nothing was computed: the graph is
+        learned, the rows are taken out of the cache, and the batch is decoded again.
+        """
+        tokens, positions = [r.token for r in batch.rows], [r.pos for r in batch.rows]
+        outputs = batch.outputs
+        self._output_index = np.cumsum(outputs, dtype=np.intp) - 1
+        for _ in range(_ATTEMPTS):
+            if self._context.tracer is not None:
+                self._session.turn_to(any(outputs))
+                self._expect(batch)
+            if self._context.decode(tokens, positions, batch.sequences, outputs):
+                return
+            self._standing = None
+            self._session.learn()
+            self._take_out(batch.sequences, positions)
+        raise EngineError("llama.cpp builds another graph each time; mia cannot follow it")
+
+    def logits(self, b: int) -> Array:
+        """The logits (n_vocab,) of row b of the batch, valid until the next decode."""
+        row: Array = self._context.logits()[self._output_index[b]]
+        check_logits(row)
+        return row
+
+    def _take_out(self, sequences: Sequence[int], positions: Sequence[int]) -> None:
+        first = dict(zip(reversed(sequences), reversed(positions), strict=True))
+        for sequence, position in first.items():
+            if not self._context.seq_rm(sequence, position):
+                raise Restart
+
+    def _expect(self, batch: Batch) -> None:
+        """Tells the tracer which nodes to visit in the coming decode, and which need not run."""
+        assert self._context.tracer is not None
+        variant = self._session.variants[0]
+        standing, self._standing = self._standing, None
+        if batch.generations and standing is not None:
+            visits, generations, last_variant = standing
+            if last_variant is variant and generations == batch.generations:
+                visits.go_on(batch.rows)  # the tracer expects it still
+                self._standing = standing
+                return
+        visits = Visits(
+            self._session,
+            batch.rows,
+            self._output_index,
+            edits=self._edits,
+            buffers=self._buffers,
+            track_cells=self._track_cells,
+        )
+        skip: list[int] = []
+        if batch.first_block:
+            visits.put_residuals(batch.first_block, batch.spans)
+            skip += variant.topology.skippable_below(batch.first_block)
+        visits.gather()
+        if not any(row.output is Output.LOGITS for row in batch.rows):
+            tail = variant.topology.skippable_tail
+            if visits.actions.keys().isdisjoint(tail):
+                skip += tail
+        self._context.tracer.expect(variant.addrs, visits.actions, skip, visits.visit)
+        if batch.generations:
+            self._standing = visits, batch.generations, variant

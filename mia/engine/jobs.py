@@ -1,0 +1,122 @@
+"""A request resolved against a model: sites parsed, token indices absolute, nothing of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mia.edits import Edit, resolve_tokens
+from mia.request import Capture, Request
+from mia.sites import Site, parse, parse_many
+
+
+class EditAt(NamedTuple):
+    """An edit at one row. Rows with equal tuples of these, after equal rows, are one row.
+
+    `rank`: the edit's place in the request's list; `value_row`: which row of its value.
+    """
+
+    rank: int
+    edit: Edit
+    value_row: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Read:
+    """A capture resolved: which rows of which sites.
+
+    `positions` are prompt tokens, in the order of the result's rows; `n_rows` and `n_keys` count
+    the generated tokens too, if they are captured.
+    """
+
+    sites: tuple[Site, ...]
+    positions: tuple[int, ...]
+    n_rows: int
+    n_keys: int
+    generated: bool = False
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Job:
+    """One request as the planner and the runner see it.
+
+    Attributes:
+        n_total: tokens that the model is run on: the prompt, and all generated but the last.
+        edits: each with its site, in the request's order.
+        edits_at: prompt position -> the edits there; positions without any are missing.
+        edits_generated: the edits at every generated token.
+        logit_positions: prompt positions whose logits are asked for.
+    """
+
+    index: int
+    request: Request
+    tokens: tuple[int, ...]
+    n_total: int
+    edits: tuple[tuple[Edit, Site], ...]
+    edits_at: dict[int, tuple[EditAt, ...]]
+    edits_generated: tuple[EditAt, ...]
+    reads: tuple[Read, ...]
+    logit_positions: tuple[int, ...]
+
+    @property
+    def generates(self) -> bool:
+        return self.request.n_predict > 0
+
+    @property
+    def sites(self) -> set[Site]:
+        """Every site that is edited or captured."""
+        return {s for _, s in self.edits} | {s for read in self.reads for s in read.sites}
+
+
+def resolve(index: int, request: Request, n_layer: int, edits: Sequence[Edit] | None = None) -> Job:
+    """The job of a request. `edits` take the place of the request's own.
+
+    Raises:
+        SiteError, RangeError: a site or token index that there is not.
+    """
+    tokens = tuple(int(t) for t in request.tokens)
+    n, n_fed = len(tokens), max(request.n_predict - 1, 0)
+    pairs = tuple((e, parse(e.site, n_layer)) for e in (request.edits if edits is None else edits))
+    edits_at: dict[int, tuple[EditAt, ...]] = {}
+    for rank, (edit, _) in enumerate(pairs):
+        for value_row, p in enumerate(edit.positions(n)):
+            edits_at[p] = (*edits_at.get(p, ()), EditAt(rank, edit, value_row))
+    return Job(
+        index=index,
+        request=request,
+        tokens=tokens,
+        n_total=n + n_fed,
+        edits=pairs,
+        edits_at=edits_at,
+        edits_generated=tuple(
+            EditAt(rank, e, 0) for rank, (e, _) in enumerate(pairs) if e.on_generated
+        ),
+        reads=tuple(_read(c, n, n_fed, n_layer) for c in request.captures),
+        logit_positions=_logit_positions(request, n),
+    )
+
+
+def _read(capture: Capture, n: int, n_fed: int, n_layer: int) -> Read:
+    positions = tuple(resolve_tokens(capture.tokens, n))
+    extra = n_fed if capture.generated else 0
+    return Read(
+        sites=tuple(parse_many(capture.sites, n_layer)),
+        positions=positions,
+        n_rows=len(positions) + extra,
+        n_keys=n + extra,
+        generated=capture.generated,
+    )
+
+
+def _logit_positions(request: Request, n: int) -> tuple[int, ...]:
+    if request.logits is None:
+        return ()
+    if isinstance(request.logits, str):
+        return (n - 1,) if request.logits == "last" else tuple(range(n))
+    return tuple(resolve_tokens(request.logits, n))
+
+
+def sites_of_edits(jobs: Iterable[Job]) -> dict[Edit, Site]:
+    """Every edit with its site."""
+    return {edit: site for job in jobs for edit, site in job.edits}

@@ -1,0 +1,106 @@
+"""Attention scores and patterns: from cells of the cache to positions of a sequence, and back.
+
+The nodes have one column for each cell of the cache, whichever sequence it belongs to. What mia
+shows and edits has one for each position of the row's own sequence. So each row notes the cell
+that its key was stored in, and a row's pattern is read through the cells of its path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from mia.arrays import Array, IntArray
+from mia.edits import Edit
+from mia.engine.finite import check_edited, not_finite
+from mia.engine.segments import Row
+from mia.engine.session import Session
+from mia.errors import UsageError
+from mia.llama import describe, rows_of
+from mia.sites import Site
+
+
+class Patterns:
+    """The rows of one batch, and where each of their keys lies."""
+
+    def __init__(self, session: Session, rows: Sequence[Row]):
+        self._session = session
+        self.rows = rows
+        inputs = session.topology.cell_inputs
+        #: layers that store to the same cells are one group: (address of the cells) -> its number
+        numbers: dict[int, int] = {}
+        for _, cells in inputs.values():
+            numbers.setdefault(cells, len(numbers))
+        self._groups = {layer: numbers[cells] for layer, (_, cells) in inputs.items()}
+
+    def cell_notes(self) -> Iterator[tuple[int, Callable[[int], None]]]:
+        """(index of a node, what to do there): each row notes the cell of its key."""
+        known: set[int] = set()
+        for layer, (index, _) in self._session.topology.cell_inputs.items():
+            group = self._groups[layer]
+            if group not in known:
+                known.add(group)
+                yield index, self._note_cells(group)
+
+    def _note_cells(self, group: int) -> Callable[[int], None]:
+        def note(addr: int) -> None:
+            source = next(s for s in describe(addr).src if describe(s).type == "i64")
+            with rows_of(source, write=False) as cells:
+                for row, cell in zip(self.rows, cells.ravel().tolist(), strict=False):
+                    row.cells[group] = cell
+
+        return note
+
+    def line(self, site: Site, a: Array, b: int) -> Array:
+        """Row b of a node (n_head, n_rows, n_cells) by position: (n_head, n_keys), a copy."""
+        cells = self._cells(site, b)
+        line = a[:, b][:, cells] * np.float32(self._session.site(site).scale)
+        if site.name == "attn_pattern":
+            line[..., _overwritten(cells)] = 0
+        return line
+
+    def edit(self, edit: Edit, site: Site, batch_rows: IntArray, addr: int) -> None:
+        """Applies an edit to each row, by position."""
+        scale = np.float32(self._session.site(site).scale)
+        first = np.zeros(1, np.intp)
+        with rows_of(addr, write=True) as a:
+            for b in batch_rows.tolist():
+                lines = self.line(site, a[0], b)[None]  # (1, n_head, n_keys)
+                edit.apply(lines, first, first)
+                if site.name == "attn_scores":
+                    self._check_scores(site, b, lines[0])
+                else:
+                    check_edited(lines, site)
+                a[0][:, b, self._cells(site, b)] = lines[0] / scale
+
+    def _cells(self, site: Site, b: int) -> IntArray:
+        assert site.layer is not None
+        return self.rows[b].path_cells(self._groups[site.layer])
+
+    def _check_scores(self, site: Site, b: int, line: Array) -> None:
+        """Scores (n_head, n_keys) may be -inf, a key not looked at. But each head must have a
+        key left that the mask lets it see: a softmax over nothing is NaN."""
+        if np.isnan(line).any() or np.isposinf(line).any():
+            raise not_finite(site)
+        assert site.layer is not None
+        session = self._session
+        softmax = session.site(Site("attn_pattern", site.layer)).index
+        mask_addr = describe(session.variants[0].addrs[softmax]).src[1]
+        with rows_of(mask_addr, write=False) as mask:
+            seen = np.isfinite(mask[0, 0, b, self._cells(site, b)])  # (n_keys,)
+        blind = np.flatnonzero(~np.isfinite(line[:, seen]).any(1))
+        if len(blind):
+            raise UsageError(
+                f"all keys of query {self.rows[b].pos} are blocked in layer {site.layer}, "
+                f"head {blind[0]}; leave at least one"
+            )
+
+
+def _overwritten(cells: IntArray) -> list[int]:
+    """Positions whose cell a later position of the sequence has taken over, as llama.cpp does with
+    what a sliding window has left behind: nothing of them is attended to."""
+    latest = {cell: pos for pos, cell in enumerate(cells.tolist())}
+    if len(latest) == len(cells):
+        return []
+    return [pos for pos, cell in enumerate(cells.tolist()) if latest[cell] != pos]

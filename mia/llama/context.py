@@ -1,0 +1,205 @@
+"""A context: the KV cache, its sequences, and `llama_decode`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes as C
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mia.arrays import Array
+from mia.errors import EngineError
+from mia.llama.model import LlamaModel
+from mia.llama.tensors import array_at, forget_arrays
+from mia.llama.tracer import Tracer
+
+#: types of the KV cache -> ggml's numbers. No quantized ones: llama.cpp rotates what they
+#: hold, and with it what `kqv_out` shows
+CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30}
+
+
+@dataclass(frozen=True, slots=True)
+class ContextParams:
+    """What a context is made with. `n_seq` sequences share one cache of `n_ctx` cells."""
+
+    n_ctx: int
+    n_ubatch: int
+    n_seq: int
+    flash: bool
+    kv_type: str
+    threads: int
+    callback: bool
+
+
+class Context:
+    """A KV cache and the compute buffers. One `decode` is one micro-batch, so that the rows
+    of every node are the rows of the batch, in order."""
+
+    def __init__(self, model: LlamaModel, params: ContextParams):
+        self.model, self.params, self.lib = model, params, model.lib
+        L = self.lib.L
+        p = L.llama_context_default_params()
+        p.n_ctx, p.n_batch, p.n_ubatch = params.n_ctx, params.n_ubatch, params.n_ubatch
+        p.n_seq_max = params.n_seq
+        p.n_threads = p.n_threads_batch = params.threads
+        p.flash_attn_type = 1 if params.flash else 0
+        p.type_k = p.type_v = CACHE_TYPES[params.kv_type]
+        p.kv_unified = True
+        p.swa_full = True  # a sliding window that was cut cannot serve another suffix
+        p.no_perf = True
+        self.tracer = Tracer() if params.callback else None
+        if self.tracer is not None:
+            p.cb_eval = self.tracer.callback
+            p.cb_eval_user_data = self.tracer.user_data
+        self.handle = L.llama_init_from_model(model.handle, p)
+        if not self.handle:
+            why = self.lib.last_error()
+            raise EngineError(f"llama.cpp cannot open a context of {params.n_ctx} tokens: {why}")
+        self.memory = L.llama_get_memory(self.handle)
+        self.n_ctx = int(L.llama_n_ctx(self.handle))
+        self._n_outputs = 0
+        self._directions: Array | None = None
+        self._logits: tuple[int, Array] = (0, np.empty((0, 0), np.float32))
+        self._make_batch(params.n_ubatch)
+
+    def _make_batch(self, n: int) -> None:
+        """One batch that every decode fills anew: making its pointers takes longer than that."""
+        L = self.lib.L
+        self._tokens, self._positions, self._seqs = (np.zeros(n, np.int32) for _ in range(3))
+        self._outputs = np.zeros(n, np.int8)
+        self._one = np.ones(n, np.int32)  # how many sequences each row belongs to
+        self._seq_lists = self._seqs.ctypes.data + np.arange(n, dtype=np.uintp) * 4
+
+        def ptr(a: npt.NDArray[Any], kind: Any) -> Any:
+            return C.cast(a.ctypes.data, C.POINTER(kind))
+
+        self._batch = L.llama_batch(
+            n,
+            ptr(self._tokens, C.c_int32),
+            None,
+            ptr(self._positions, C.c_int32),
+            ptr(self._one, C.c_int32),
+            ptr(self._seq_lists, C.POINTER(C.c_int32)),
+            ptr(self._outputs, C.c_int8),
+        )
+
+    def close(self) -> None:
+        if self.handle:
+            self.lib.L.llama_free(self.handle)
+            self.handle = None
+            self._logits = 0, np.empty((0, 0), np.float32)
+            forget_arrays()
+
+    def clear(self, data: bool = False) -> None:
+        """Forgets all cells; `data` also overwrites with zeros what they held."""
+        self.lib.L.llama_memory_clear(self.memory, data)
+
+    def seq_cp(self, src: int, dst: int, end: int) -> None:
+        """Sequence `dst` gets the cells of `src` at positions 0 to end-1; nothing is copied."""
+        self.lib.L.llama_memory_seq_cp(self.memory, src, dst, 0, end)
+
+    def seq_rm(self, seq: int, start: int = 0) -> bool:
+        return bool(self.lib.L.llama_memory_seq_rm(self.memory, seq, start, -1))
+
+    def set_control_vector(self, directions: Array | None) -> None:
+        """`directions`: (n_layer - 1, n_embd), added at the end of blocks 1 …; None takes it off.
+
+        It stays until the next call: llama.cpp plans its buffers anew at every change.
+        """
+        L, n_embd = self.lib.L, self.model.n_embd
+        if directions is not None and not directions.any():
+            directions = None
+        last = self._directions
+        if last is directions or (
+            last is not None and directions is not None and np.array_equal(last, directions)
+        ):
+            return
+        self._directions = np.full(
+            (1, 1), np.nan, np.float32
+        )  # equals nothing, should this be cut short
+        if directions is None:
+            L.llama_set_adapter_cvec(self.handle, None, 0, n_embd, -1, -1)
+            self._directions = None
+            return
+        data = np.array(directions, np.float32)
+        pointer = data.ctypes.data_as(C.POINTER(C.c_float))
+        # each block in the range gets an addition, whether there is something to add or not
+        used = np.flatnonzero(data.any(1)) + 1
+        size, ends = data.size, (int(used[0]), int(used[-1]))
+        if L.llama_set_adapter_cvec(self.handle, pointer, size, n_embd, *ends) != 0:
+            raise EngineError(f"llama.cpp refuses the control vector: {self.lib.last_error()}")
+        self._directions = data
+
+    def decode(
+        self,
+        tokens: Sequence[int] | npt.NDArray[np.integer[Any]],
+        positions: Sequence[int] | npt.NDArray[np.integer[Any]],
+        seqs: Sequence[int] | npt.NDArray[np.integer[Any]],
+        outputs: Sequence[bool] | npt.NDArray[np.integer[Any]],
+    ) -> bool:
+        """Runs one micro-batch: for each row its token, position, sequence, and whether its logits
+        are wanted. False if the graph was not the expected one (see `Tracer`): nothing was
+        computed; the caller looks at `tracer.seen` and decodes again.
+
+        Raises `EngineError` if llama.cpp fails, and whatever the callback's code raised.
+        """
+        n = len(tokens)
+        if n > len(self._tokens):
+            raise EngineError(f"{n} rows are more than the {len(self._tokens)} of a micro-batch")
+        self._tokens[:n], self._positions[:n] = tokens, positions
+        self._seqs[:n], self._outputs[:n] = seqs, outputs
+        L, batch = self.lib.L, self._batch
+        batch.n_tokens = n
+        self._n_outputs = int(np.count_nonzero(self._outputs[:n]))
+        tracer, expected = self.tracer, True
+        if tracer is None:
+            code = L.llama_decode(self.handle, batch)
+        else:
+            tracer.begin()
+            with _interrupt_to(tracer.stop):
+                code = L.llama_decode(self.handle, batch)
+            expected = tracer.end()
+            if tracer.error is not None:
+                raise tracer.error
+        if code == 1:
+            raise EngineError(f"the context of {self.n_ctx} tokens is full")
+        if code != 0:
+            raise EngineError(f"llama.cpp failed to decode ({code}): {self.lib.last_error()}")
+        return expected
+
+    def logits(self) -> Array:
+        """(n_outputs, n_vocab) of the last decode, in batch order; valid until the next one."""
+        p = self.lib.L.llama_get_logits(self.handle)
+        addr = C.cast(p, C.c_void_p).value
+        if not addr:
+            raise EngineError("llama.cpp gave no logits")
+        known, array = self._logits
+        if known != addr or len(array) != self._n_outputs:
+            shape = (self._n_outputs, self.model.n_vocab)
+            array = array_at(addr, shape)
+            self._logits = addr, array
+        return array
+
+
+@contextlib.contextmanager
+def _interrupt_to(stop: Callable[[BaseException], None]) -> Iterator[None]:
+    """Ctrl-C during a decode must not become an exception inside a C callback, which Python
+    can only print: it ends the decode, and is raised after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.getsignal(signal.SIGINT)
+    if old is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: stop(KeyboardInterrupt()))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)

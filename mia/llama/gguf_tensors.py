@@ -1,0 +1,89 @@
+"""Tensors of a GGUF file: the table of them, the texts beside it, and rows as float32."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes as C
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mia.arrays import Array
+from mia.errors import EngineError, ModelError
+from mia.llama.library import GgufParams, library
+
+_TO_FLOAT = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p, C.c_int64)
+_GGUF_STRING = 8
+
+
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """A tensor of a GGUF file: where its bytes begin, ggml's type, `ne` innermost first."""
+
+    name: str
+    offset: int
+    type: int
+    ne: tuple[int, ...]
+
+
+def file_tensors(path: Path) -> list[FileTensor]:
+    """The tensor table of a GGUF file. Raises `ModelError` if it cannot be read."""
+    base = library().base
+    with _opened(path) as file:
+        start = base.gguf_get_data_offset(file)
+        return [
+            FileTensor(
+                base.gguf_get_tensor_name(file, i).decode(),
+                start + base.gguf_get_tensor_offset(file, i),
+                base.gguf_get_tensor_type(file, i),
+                tuple(base.gguf_get_tensor_ne(file, i)[:4]),
+            )
+            for i in range(base.gguf_get_n_tensors(file))
+        ]
+
+
+def file_strings(path: Path) -> dict[str, str]:
+    """The key-value pairs of a GGUF file whose value is a text. Raises `ModelError` if it cannot
+    be read."""
+    base = library().base
+    with _opened(path) as file:
+        return {
+            base.gguf_get_key(file, i).decode(): base.gguf_get_val_str(file, i).decode(
+                errors="replace"
+            )
+            for i in range(base.gguf_get_n_kv(file))
+            if base.gguf_get_kv_type(file, i) == _GGUF_STRING
+        }
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    base = library().base
+    file = base.gguf_init_from_file(str(path).encode(), GgufParams(True, None))
+    if not file:
+        raise ModelError(f"{path} cannot be read as GGUF: {library().last_error()}")
+    try:
+        yield file
+    finally:
+        base.gguf_free(file)
+
+
+def dequantize(source: int, ggml_type: int, n_rows: int, n_in: int) -> Array:
+    """`n_rows` rows of `n_in` values stored at address `source` as `ggml_type`, as float32."""
+    out = np.empty((n_rows, n_in), np.float32)
+    if ggml_type == 0:
+        C.memmove(out.ctypes.data, source, out.nbytes)
+        return out
+    traits = library().base.ggml_get_type_traits(ggml_type).contents
+    if not traits.to_float:
+        raise EngineError(f"ggml type {traits.type_name.decode()} cannot be converted to float")
+    _TO_FLOAT(traits.to_float)(source, out.ctypes.data, n_rows * n_in)
+    return out
+
+
+def type_bytes(ggml_type: int, n: int) -> int:
+    """Bytes that `n` values of a ggml type take."""
+    traits = library().base.ggml_get_type_traits(ggml_type).contents
+    return int(n // traits.blck_size * traits.type_size)

@@ -1,0 +1,185 @@
+"""llama.cpp's shared libraries: loaded once, their functions declared, their structs checked."""
+
+from __future__ import annotations
+
+import ctypes as C
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mia.errors import EngineError
+from mia.llama.watch import native_watch
+
+
+class Tensor(C.Structure):
+    """struct ggml_tensor of ggml.h; `_check_layout` proves it against the library."""
+
+    _fields_ = (
+        ("type", C.c_int),
+        ("buffer", C.c_void_p),
+        ("ne", C.c_int64 * 4),
+        ("nb", C.c_size_t * 4),
+        ("op", C.c_int),
+        ("op_params", C.c_int32 * 16),
+        ("flags", C.c_int32),
+        ("src", C.c_void_p * 10),
+        ("view_src", C.c_void_p),
+        ("view_offs", C.c_size_t),
+        ("data", C.c_void_p),
+        ("name", C.c_char * 64),
+        ("extra", C.c_void_p),
+    )
+
+
+class TypeTraits(C.Structure):
+    _fields_ = (
+        ("type_name", C.c_char_p),
+        ("blck_size", C.c_int64),
+        ("blck_size_interleave", C.c_int64),
+        ("type_size", C.c_size_t),
+        ("is_quantized", C.c_bool),
+        ("to_float", C.c_void_p),
+        ("from_float_ref", C.c_void_p),
+    )
+
+
+class InitParams(C.Structure):
+    _fields_ = (("mem_size", C.c_size_t), ("mem_buffer", C.c_void_p), ("no_alloc", C.c_bool))
+
+
+class GgufParams(C.Structure):
+    _fields_ = (("no_alloc", C.c_bool), ("ctx", C.c_void_p))
+
+
+class Library:
+    """llama.cpp's two libraries, loaded once, checked once."""
+
+    def __init__(self) -> None:
+        # GNU's OpenMP lets a waiting thread spin for milliseconds by default. Where another program
+        # wants the processor, that makes every barrier of every node wait for it: decodes took 4 to
+        # 19 times as long in a measured case. A short spin costs an idle machine nothing.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        try:
+            import llama_cpp
+            from llama_cpp import _ctypes_extensions, llama_cpp as L
+        except (ImportError, OSError, RuntimeError) as err:
+            raise EngineError(f"llama-cpp-python cannot be loaded: {err}") from err
+        self.version: str = llama_cpp.__version__
+        self.L: Any = L
+        # through libllama's own handle, which finds what it was linked with: its folder holds copies of
+        # ggml-base under other names, and loading one of these gives a second ggml with its own state
+        self.base: Any = C.CDLL(L._lib._name)
+        if not hasattr(self.base, "ggml_backend_tensor_get"):  # Windows looks into one file only
+            folder = Path(llama_cpp.__file__).parent / "lib"
+            try:
+                self.base = _ctypes_extensions.load_shared_library("ggml-base", folder)
+            except (FileNotFoundError, RuntimeError) as err:
+                raise EngineError(
+                    f"llama-cpp-python {self.version} has no ggml-base library beside it: {err}"
+                ) from err
+        self._declare()
+        self._check_layout()
+        self._messages: list[str] = []
+        # llama.cpp prints pages while it loads; errors are kept for our own message
+        self._log = L.llama_log_callback(self._on_log)
+        L.llama_log_set(self._log, C.c_void_p(0))
+        L.llama_backend_init()
+
+    def _declare(self) -> None:
+        def fn(name: str, result: Any, *args: Any) -> None:
+            try:
+                f = getattr(self.base, name)
+            except AttributeError as err:
+                raise EngineError(
+                    f"llama-cpp-python {self.version} does not export {name}; "
+                    "mia needs 0.3.36 or a later 0.3"
+                ) from err
+            f.restype, f.argtypes = result, list(args)
+
+        p, size = C.c_void_p, C.c_size_t
+        fn("ggml_backend_tensor_get", None, p, p, size, size)
+        fn("ggml_backend_tensor_set", None, p, p, size, size)
+        fn("ggml_backend_buffer_is_host", C.c_bool, p)
+        fn("ggml_backend_buffer_name", C.c_char_p, p)
+        fn("ggml_nbytes", size, p)
+        fn("ggml_op_desc", C.c_char_p, p)
+        fn("ggml_type_name", C.c_char_p, C.c_int)
+        fn("ggml_get_type_traits", C.POINTER(TypeTraits), C.c_int)
+        fn("ggml_init", p, InitParams)
+        fn("ggml_free", None, p)
+        fn("ggml_new_tensor_2d", p, p, C.c_int, C.c_int64, C.c_int64)
+        fn("ggml_mul_mat", p, p, p, p)
+        fn("ggml_set_name", p, p, C.c_char_p)
+        fn("ggml_view_1d", p, p, p, C.c_int64, size)
+        fn("gguf_init_from_file", p, C.c_char_p, GgufParams)
+        fn("gguf_free", None, p)
+        fn("gguf_get_data_offset", size, p)
+        fn("gguf_get_n_tensors", C.c_int64, p)
+        fn("gguf_get_tensor_name", C.c_char_p, p, C.c_int64)
+        fn("gguf_get_tensor_offset", size, p, C.c_int64)
+        fn("gguf_get_tensor_type", C.c_int, p, C.c_int64)
+        fn("gguf_get_tensor_ne", C.POINTER(C.c_int64), p, C.c_int64)
+        fn("gguf_get_n_kv", C.c_int64, p)
+        fn("gguf_get_key", C.c_char_p, p, C.c_int64)
+        fn("gguf_get_kv_type", C.c_int, p, C.c_int64)
+        fn("gguf_get_val_str", C.c_char_p, p, C.c_int64)
+
+    def _check_layout(self) -> None:
+        """Builds three tensors of known shape and reads every field back."""
+        b = self.base
+        ctx = b.ggml_init(InitParams(1 << 16, None, False))
+        try:
+            w = b.ggml_new_tensor_2d(ctx, 0, 3, 5)
+            x = b.ggml_new_tensor_2d(ctx, 0, 3, 7)
+            y = b.ggml_mul_mat(ctx, w, x)
+            v = b.ggml_view_1d(ctx, x, 4, 8)
+            b.ggml_set_name(y, b"mia-layout-check")
+            t, tx, tv = (Tensor.from_address(a) for a in (y, x, v))
+            ok = (
+                t.name == b"mia-layout-check"
+                and list(t.ne) == [5, 7, 1, 1]
+                and list(t.nb) == [4, 20, 140, 140]
+                and (t.src[0], t.src[1], t.src[2]) == (w, x, None)
+                and b.ggml_op_desc(y) == b"MUL_MAT"
+                and tv.view_src == x
+                and tv.view_offs == 8
+                and tv.data == tx.data + 8
+                and b.ggml_nbytes(x) == 84
+            )
+        finally:
+            b.ggml_free(ctx)
+        if not ok:
+            raise EngineError(
+                f"llama-cpp-python {self.version} lays out its tensors in a way that mia does not "
+                "know; install llama-cpp-python 0.3.36"
+            )
+
+    def _on_log(self, level: int, text: bytes, _: Any) -> None:
+        if level >= 4:  # GGML_LOG_LEVEL_ERROR
+            self._messages.append(text.decode(errors="replace").strip())
+            del self._messages[:-8]
+
+    def last_error(self) -> str:
+        """llama.cpp's complaints since last asked, for a message of ours."""
+        text = "; ".join(self._messages)
+        self._messages.clear()
+        return text
+
+
+@cache
+def library() -> Library:
+    """llama.cpp, loaded at first use. Raises `EngineError` if it is missing or too different."""
+    return Library()
+
+
+def library_info() -> dict[str, str]:
+    """Version, build features and devices of llama.cpp, as `mia doctor` and provenance show them."""
+    lib = library()
+    return {
+        "llama_cpp_python": lib.version,
+        "features": lib.L.llama_print_system_info().decode().strip(),
+        "gpu": "yes" if lib.L.llama_supports_gpu_offload() else "no",
+        "callback": "Python" if native_watch() is None else "compiled",
+    }
