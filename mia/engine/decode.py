@@ -19,12 +19,16 @@ from mia.engine.visits import Visits
 from mia.errors import EngineError
 from mia.sites import BY_KEY, Site
 
-#: decodes of one batch before we give up on a graph that is new each time
-_ATTEMPTS = 4
+#: decodes of one batch, or runs of one request, before we give up on a graph that is new each time
+ATTEMPTS = 4
 
 
 class Restart(Exception):
     """The graph was not a known one, and the memory cannot be cut back: run the request again."""
+
+
+def always_new_graph() -> EngineError:
+    return EngineError("llama.cpp builds another graph each time; mia cannot follow it")
 
 
 class Decoder:
@@ -51,7 +55,7 @@ class Decoder:
         tokens, positions = [r.token for r in batch.rows], [r.pos for r in batch.rows]
         outputs = batch.outputs
         self._output_index = np.cumsum(outputs, dtype=np.intp) - 1
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             if self._context.tracer is not None:
                 self._session.turn_to(any(outputs))
                 self._expect(batch)
@@ -60,7 +64,7 @@ class Decoder:
             self._standing = None
             self._session.learn()
             self._take_out(batch.sequences, positions)
-        raise EngineError("llama.cpp builds another graph each time; mia cannot follow it")
+        raise always_new_graph()
 
     def logits(self, b: int) -> Array:
         """The logits (n_vocab,) of row b of the batch, valid until the next decode."""

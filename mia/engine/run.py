@@ -8,20 +8,16 @@ from mia.arrays import Array
 from mia.engine import limits
 from mia.engine.checks import check_sites, check_tokens
 from mia.engine.control_vector import directions, shared_edits
-from mia.engine.decode import Restart
+from mia.engine.decode import ATTEMPTS, Restart, always_new_graph
 from mia.engine.graph import Topology
 from mia.engine.jobs import Job, resolve
 from mia.engine.plan import build
 from mia.engine.runner import Runner
 from mia.engine.session import Session, Sessions
-from mia.errors import EngineError
 from mia.llama import LlamaModel
 from mia.progress import Progress
 from mia.request import Request, Result
 from mia.sites import BY_KEY, Site
-
-#: times that a request is run again because llama.cpp built a graph that was not known
-_ATTEMPTS = 4
 
 
 class Engine:
@@ -108,12 +104,12 @@ class _Task:
 
     def run_alone(self, job: Job) -> Result:
         """For memories that cannot share or cut prefixes: one whole sequence at a time."""
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             try:
                 return self.run([job], share=False)[0]
             except Restart:
                 pass  # the graph is known now
-        raise EngineError("llama.cpp builds another graph each time; mia cannot follow it")
+        raise always_new_graph()
 
     def run(self, jobs: Sequence[Job], *, share: bool) -> list[Result]:
         """Steps 3 to 5. `share`: whether jobs may have rows in common."""

@@ -19,7 +19,7 @@ import numpy as np
 from mia.arrays import Array
 from mia.edits import Tokens, resolve_tokens
 from mia.errors import FileError, UsageError
-from mia.io.files import write_whole
+from mia.io.files import read_safetensors, write_whole
 from mia.ranges import compact
 from mia.show.report import Report
 from mia.sites import KINDS, Site, parse, split_spelling
@@ -275,22 +275,25 @@ def load(path: str | Path) -> Activations:
     path = Path(path)
     if not path.is_file():
         raise FileError(f"there is no file {path}")
-    try:
-        if path.suffix == ".npy":
-            array = np.atleast_2d(np.load(path, allow_pickle=False))
-            if array.ndim > 2:
-                raise ValueError(f"its shape is {array.shape}, not (n_tokens, width)")
-            activations = Activations({"": array.astype(np.float32)}, {}, str(path))
-        else:
-            from safetensors import safe_open
-
-            with safe_open(path, framework="numpy") as f:
-                arrays = {k: np.asarray(f.get_tensor(k), np.float32) for k in f.keys()}  # noqa: SIM118
-                activations = Activations(arrays, f.metadata() or {}, str(path))
-    except Exception as err:
-        raise FileError(f"{path} is neither a safetensors capture nor a .npy array: {err}") from err
+    if path.suffix == ".npy":
+        activations = Activations({"": _read_npy(path)}, {}, str(path))
+    else:
+        arrays, metadata = read_safetensors(path)
+        rows = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+        activations = Activations(rows, metadata, str(path))
     for name, array in activations.arrays.items():
         if array.ndim < 2 or not np.isfinite(array).all():
             what = "has no rows" if array.ndim < 2 else "has numbers that are not finite"
             raise FileError(f"{path}: {name or 'the array'} {what}")
     return activations
+
+
+def _read_npy(path: Path) -> Array:
+    """(n_tokens, width) of a file; a single row is one token."""
+    try:
+        array = np.atleast_2d(np.load(path, allow_pickle=False))
+        if array.ndim > 2:
+            raise ValueError(f"its shape is {array.shape}, not (n_tokens, width)")
+        return array.astype(np.float32)
+    except Exception as err:
+        raise FileError(f"{path} is not a .npy array: {err}") from err

@@ -26,6 +26,21 @@ def read_utf8(path: str | Path, shown: str = "") -> str:
         raise FileError(f"cannot read {shown or path}: {reason}") from err
 
 
+def read_safetensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arrays of a safetensors file by name, and its metadata.
+
+    Raises `FileError` if there is no such file, or it is not safetensors."""
+    from safetensors import safe_open
+
+    if not Path(path).is_file():
+        raise FileError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="numpy") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118
+    except Exception as err:
+        raise FileError(f"{path} is not a safetensors file: {err}") from err
+
+
 def check_writable(path: str | Path) -> Path:
     """Sees before any work is done that `path` can be written. Raises `FileError`."""
     path = Path(path)

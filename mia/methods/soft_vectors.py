@@ -38,6 +38,7 @@ import numpy as np
 from mia.arrays import Array, Floats, IntArray
 from mia.datasets.tasks import Task
 from mia.errors import FileError, RangeError, UsageError
+from mia.io.files import read_safetensors
 from mia.methods import task_vectors
 from mia.methods.icl import IclExperiment, IclPrompt, Match, TaskSetup, experiment
 from mia.methods.icl_reports import check_saved, vector_metadata
@@ -65,16 +66,7 @@ _STARTS, _START_ROUNDS = 8, 3
 
 def load(path: str | Path) -> SoftVector:
     """Reads a soft vector. Raises `FileError` if the file holds none."""
-    from safetensors import safe_open
-
-    if not Path(path).is_file():
-        raise FileError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="numpy") as f:
-            arrays = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-            metadata = dict(f.metadata() or {})
-    except Exception as err:
-        raise FileError(f"{path} is not a safetensors file: {err}") from err
+    arrays, metadata = read_safetensors(path)
     means, weights = arrays.get("means"), arrays.get("weights")
     if means is None or weights is None or means.ndim != 3 or means.shape[:2] != weights.shape:
         raise FileError(f"{path} is not a soft vector (mia.methods.soft_vectors.train makes one)")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from mia.arrays import Array
 from mia.errors import FileError, UsageError
-from mia.io.files import check_writable
+from mia.io.files import check_writable, read_safetensors
 from mia.sites import LAYERED
 
 #: directions by layer, their site, metadata
@@ -96,14 +96,7 @@ def _read_npy(path: Path) -> Parts:
 
 
 def _read_safetensors(path: Path) -> Parts:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as f:
-            arrays = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-            metadata = dict(f.metadata() or {})
-    except Exception as err:
-        raise FileError(f"{path} is not a safetensors file: {err}") from err
+    arrays, metadata = read_safetensors(path)
     directions: dict[int, Array] = {}
     site = metadata.pop("site", "resid_post")
     first = next(iter(arrays), "")

@@ -157,13 +157,15 @@ def test_missing_sites_and_tokens_are_named() -> None:
         c.at(Site("q", 1), 3)
 
 
-@pytest.mark.parametrize("name", ["x.safetensors", "x.npy"])
-def test_files_that_are_none(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("x.safetensors", "safetensors file"), ("x.npy", r"\.npy array")]
+)
+def test_files_that_are_none(tmp_path: Path, name: str, kind: str) -> None:
     path = tmp_path / name
     with pytest.raises(FileError, match="there is no file"):
         activations.load(path)
     path.write_bytes(b"GGUF nothing of the kind")
-    with pytest.raises(FileError, match="neither a safetensors capture nor"):
+    with pytest.raises(FileError, match=f"is not a {kind}"):
         activations.load(path)
 
 
