@@ -54,7 +54,7 @@ from mia.methods.icl import (
     experiment,
     mean_of_right,
 )
-from mia.methods.icl_reports import load_vector, vector_metadata
+from mia.methods.icl_reports import load_vector, vector_files, vector_metadata
 from mia.ranges import Head, Ranges, by_layer as heads_by_layer, parse_layers, top_heads
 
 if TYPE_CHECKING:
@@ -192,15 +192,17 @@ def train_many(
 
     Args:
         top_k: how many tokens to decode of each vector.
-        files: one for each task, written as soon as its vector is trained.
+        files: one for each task, or one name with `{name}` in it; each is written as soon as its
+            vector is trained.
     """
     how = how or FunctionVectorTraining()
-    exs = [experiment(model, t, setup, shots=SHOTS) for t in each_task(tasks)]
+    loaded = each_task(tasks)
+    files = vector_files(files, loaded) if files else []
+    exs = [experiment(model, t, setup, shots=SHOTS) for t in loaded]
     statistics = [
         head_statistics(ex, prompts=how.prompts, effect_prompts=how.effect_prompts) for ex in exs
     ]
     effects = np.mean([s.effects for s in statistics], 0)  # (n_layer, n_head)
-    files = [files] if isinstance(files, str) else files
     vectors = []
     for n, (ex, s) in enumerate(zip(exs, statistics, strict=True)):
         vectors.append(choose(ex, HeadStatistics(s.means, effects), how))

@@ -27,7 +27,18 @@ import numpy as np
 import numpy.typing as npt
 
 from mia.arrays import Array, Floats
-from mia.datasets.tasks import Format, Pair, Split, Task, draw, load, read_format, shuffled, split
+from mia.datasets.tasks import (
+    Format,
+    Pair,
+    Split,
+    Task,
+    draw,
+    load,
+    load_many,
+    read_format,
+    shuffled,
+    split,
+)
 from mia.edits import Edit, Tokens
 from mia.errors import UsageError
 from mia.measure.estimates import Accuracy, accuracy
@@ -49,9 +60,11 @@ Match = Literal["first", "exact"]
 Tasks = str | Path | Task | Sequence[str | Path | Task]
 
 
-def each_task(tasks: Tasks) -> Sequence[str | Path | Task]:
-    """Several tasks; a list of one for one by itself."""
-    return [tasks] if isinstance(tasks, (str, Path, Task)) else tasks
+def each_task(tasks: Tasks) -> list[Task]:
+    """Tasks by name or file, or as they are, one or several; "all" stands for every task that
+    comes with mia. Raises as `mia.datasets.tasks.load` does."""
+    several = [tasks] if isinstance(tasks, (str, Path, Task)) else tasks
+    return [x for t in several for x in ([t] if isinstance(t, Task) else load_many(t))]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,14 +28,17 @@ Curve = Mapping[int, Accuracy]
 # -- files -------------------------------------------------------------------------
 
 
-def vector_files(pattern: str, tasks: Sequence[Task]) -> list[str]:
-    """A .safetensors file for each task; `{name}` in the pattern stands for the task's name.
+def vector_files(given: str | Sequence[str], tasks: Sequence[Task]) -> list[str]:
+    """A .safetensors file for each task: as many names, or one in which `{name}` stands for the
+    task's name.
 
-    Raises before any work: `UsageError` for names that are the same or do not end so,
-    `FileError` if a file cannot be written."""
-    files = [pattern.replace("{name}", t.name) for t in tasks]
-    if len(set(files)) < len(files):
-        raise UsageError(f"{len(files)} tasks need {len(files)} files, like {{name}}.safetensors")
+    Raises before any work: `UsageError` for names that are the same, too few or too many, or do
+    not end so, `FileError` if a file cannot be written."""
+    if isinstance(given, str):
+        given = [given.replace("{name}", t.name) for t in tasks]
+    files = list(given)
+    if not len(tasks) == len(files) == len(set(files)):
+        raise UsageError(f"{len(tasks)} tasks need {len(tasks)} files, like {{name}}.safetensors")
     for file in files:
         if not file.endswith(".safetensors"):
             raise UsageError(f"{file}: the file's name must end in .safetensors")

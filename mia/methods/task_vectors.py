@@ -45,7 +45,7 @@ from mia.methods.icl import (
     experiment,
     mean_of_right,
 )
-from mia.methods.icl_reports import load_vector, vector_metadata
+from mia.methods.icl_reports import load_vector, vector_files, vector_metadata
 from mia.methods.task_vector_reports import (
     Conflict,
     ConflictScores,
@@ -171,11 +171,13 @@ def train_many(
     """Trains a vector for each task.
 
     Args:
-        files: one for each task, written as soon as its vector is trained.
+        files: one for each task, or one name with `{name}` in it; each is written as soon as its
+            vector is trained.
     """
+    loaded = each_task(tasks)
+    files = vector_files(files, loaded) if files else []
     facts, thetas = [], []
-    files = [files] if isinstance(files, str) else files
-    for n, task in enumerate(each_task(tasks)):
+    for n, task in enumerate(loaded):
         ex = experiment(model, task, setup)
         theta = train(ex, how)
         if files:

@@ -149,3 +149,9 @@ def test_a_vector_helps_on_smollm2(smollm2: Model) -> None:
     how = fv.FunctionVectorTraining(prompts=8, effect_prompts=1, n_heads=[40], layers=range(8, 20))
     scores = fv.evaluate(ex, fv.train(ex, how))
     assert scores.zero_shot_vector.value > scores.zero_shot.value
+
+
+@pytest.mark.parametrize("files", [["a.safetensors"], ["a.safetensors"] * 2, "a.safetensors"])
+def test_each_task_needs_a_file_of_its_own(llama: Tiny, files: str | list[str]) -> None:
+    with pytest.raises(UsageError, match="2 tasks need 2 files"):
+        fv.train_many(llama.model, [TASK, BEFORE], SETUP, SMALL, files=files)

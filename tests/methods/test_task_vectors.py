@@ -217,3 +217,9 @@ def test_one_task_by_itself_is_a_list_of_one(llama: Tiny, tmp_path: Path) -> Non
     assert [r["task"] for r in table.rows()] == ["next"]
     with pytest.raises(RangeError, match="layer 3 is out of range"):
         tv.train_many(llama.model, TASK, SETUP, tv.TaskVectorTraining(layers=[3]))
+
+
+@pytest.mark.parametrize("files", [["a.safetensors"], ["a.safetensors"] * 2, "a.safetensors"])
+def test_each_task_needs_a_file_of_its_own(llama: Tiny, files: str | list[str]) -> None:
+    with pytest.raises(UsageError, match="2 tasks need 2 files"):
+        tv.train_many(llama.model, [TASK, BEFORE], SETUP, SMALL, files=files)
