@@ -29,14 +29,15 @@ n_head coefficients are one per head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from mia.arrays import Array, IntArray
+from mia.arrays import Array, Floats, IntArray, norms
 from mia.errors import RangeError, UsageError
 from mia.sites import HEADED, Site
+from mia.values import distinct, flag, number, real_array, shown, token_indices
 
 Function = Callable[[Array], Array]
 #: a coefficient as operators see it: one number, or an array that broadcasts over the rows
@@ -150,8 +151,9 @@ _NO_VALUE = np.zeros(0, np.float32)
 
 
 def _with_norm_of(h: Array, out: Array) -> Array:
-    norms = np.linalg.norm(out, axis=-1, keepdims=True)
-    return out * (np.linalg.norm(h, axis=-1, keepdims=True) / np.where(norms > 0, norms, 1))
+    length = norms(out, keepdims=True)
+    factor = norms(h, keepdims=True) / np.where(length > 0, length, 1)
+    return np.asarray(out * factor, np.float32)
 
 
 # -- edits -------------------------------------------------------------------------------
@@ -166,12 +168,14 @@ class Edit:
         op: an operator's name (see the module) or a function of rows `(n, width)`.
         value: `(width,)` or `(n_selected, width)` float32; width is that of the selection:
             all of the site, or `len(heads) × head_dim`, or `len(dims)`.
-        tokens: which prompt tokens; negative indices count from the end.
+        tokens: which prompt tokens, each once; negative indices count from the end.
         generated: also while generating; by default only where `tokens` is None.
-        heads: at a site of heads, only these.
+        heads: at a site of heads, only these; one or several, each once.
         dims: only these dimensions of the row (with `heads`, of each head).
         coeff: c of the operators; `add`, `scale` and `blend` take several (see the module).
         keep_norm: scale the selected part of each row back to the norm that it had.
+
+    The value is copied. Raises `UsageError` if a field is of the wrong type.
 
     Two edits are the same only if they are the same object; requests that share one
     share the work up to where they differ.
@@ -181,18 +185,29 @@ class Edit:
     op: str | Function
     value: Any = None
     tokens: Tokens = None
+    _: KW_ONLY
     generated: bool | None = None
-    heads: Sequence[int] | None = None
-    dims: Sequence[int] | None = None
+    heads: int | Sequence[int] | None = None
+    dims: int | Sequence[int] | None = None
     coeff: float | Sequence[float] | Array = 1.0
     keep_norm: bool = False
     _operator: Operator | None = field(init=False, repr=False, default=None)
     # operators of a direction keep its unit vector here, and its length in `_length`
     _value: Array | None = field(init=False, repr=False, default=None)
-    _length: Array | None = field(init=False, repr=False, default=None)
+    _length: Floats | None = field(init=False, repr=False, default=None)
     _coeff: Coeff = field(init=False, repr=False, default=np.float32(1))
 
     def __post_init__(self) -> None:
+        if not isinstance(self.site, (str, Site)):
+            raise UsageError(f"an edit's site is a name or a Site, not {shown(self.site)}")
+        where = f"of the edit at {self.site}"
+        tokens = token_indices(self.tokens, f"tokens {where}")
+        object.__setattr__(self, "tokens", tokens)
+        if self.generated is not None:
+            flag(self.generated, f"generated {where}")
+        for name in ("heads", "dims"):
+            object.__setattr__(self, name, distinct(getattr(self, name), f"{name} {where}"))
+        flag(self.keep_norm, f"keep_norm {where}")
         if isinstance(self.op, str):
             operator = OPERATORS.get(self.op)
             if operator is None:
@@ -203,22 +218,24 @@ class Edit:
                 )
             object.__setattr__(self, "_operator", operator)
         elif not callable(self.op):
-            raise UsageError(f"op is neither an operator's name nor a function: {self.op!r}")
+            raise UsageError(f"op is neither an operator's name nor a function: {shown(self.op)}")
         object.__setattr__(self, "_coeff", self._checked_coeff())
         if self.value is not None:
             object.__setattr__(self, "_value", self._checked_value())
         if self._operator is not None and self._operator.direction:
             assert self._value is not None
-            length = np.linalg.norm(self._value, axis=-1, keepdims=True)
+            length = norms(self._value, keepdims=True)  # float64
             if not length.all():
                 raise UsageError(f"the direction of the edit at {self.site} is zero")
             object.__setattr__(self, "_length", length)
-            object.__setattr__(self, "_value", self._value / length)
+            object.__setattr__(self, "_value", (self._value / length).astype(np.float32))
 
     def _checked_coeff(self) -> Coeff:
-        c = np.asarray(self.coeff, np.float32)
+        if np.ndim(self.coeff) == 0:
+            number(self.coeff, "coefficient")
+        c = real_array(self.coeff, "an edit's coefficient")
         if not np.isfinite(c).all():
-            raise UsageError(f"coefficient {self.coeff} is not a finite number")
+            raise UsageError(f"coefficient {shown(self.coeff)} is not a finite number")
         if c.ndim == 0:
             return np.float32(c)
         if self._operator is None or self._operator.coeff != "each":
@@ -231,7 +248,7 @@ class Edit:
         return c
 
     def _checked_value(self) -> Array:
-        v = np.asarray(self.value, np.float32)
+        v = real_array(self.value, f"the value of the edit at {self.site}")
         if v.ndim == 0 or v.ndim > 2:
             raise UsageError(f"an edit's value has 1 or 2 axes, not shape {v.shape}")
         if not np.isfinite(v).all():
@@ -239,7 +256,7 @@ class Edit:
                 f"the value of the edit at {self.site} has numbers that are not finite"
             )
         if self._operator is not None and self._operator.average and v.ndim == 2:
-            v = v.mean(0)
+            v = v.mean(0, dtype=np.float64).astype(np.float32)
         return v
 
     @property
@@ -247,8 +264,13 @@ class Edit:
         return self.tokens is None if self.generated is None else self.generated
 
     def positions(self, n_tokens: int) -> list[int]:
-        """Indices of the selected prompt tokens, in the order of `tokens`. Raises `RangeError`."""
-        return resolve_tokens(self.tokens, n_tokens)
+        """Indices of the selected prompt tokens, in the order of `tokens`. Raises `RangeError`, or
+        `UsageError` if one is there twice."""
+        positions = resolve_tokens(self.tokens, n_tokens)
+        if len(set(positions)) < len(positions):
+            twice = next(p for i, p in enumerate(positions) if p in positions[:i])
+            raise UsageError(f"the edit at {self.site} selects token {twice} twice")
+        return positions
 
     def check(self, site: Site, shape: tuple[int, ...], n_tokens: int) -> None:
         """Raises `UsageError` or `RangeError` if heads, dims or the value do not fit the number
@@ -281,18 +303,20 @@ class Edit:
         else:
             if not site.kind.headed:
                 raise UsageError(f"site {site} has no heads; heads are at {', '.join(HEADED)}")
-            for head in self.heads:
+            heads = _several(self.heads)
+            for head in heads:
                 if not 0 <= head < shape[0]:
                     raise RangeError(f"head {head} is out of range; {site} has 0 to {shape[0] - 1}")
             # the number of keys is not known yet
             per_head = 1 if site.kind.by_key else shape[-1]
-            width = per_head * (len(self.heads) if self.dims is None else 1)
+            width = per_head * (len(heads) if self.dims is None else 1)
         if self.dims is None:
             return width
-        for d in self.dims:
+        dims = _several(self.dims)
+        for d in dims:
             if not 0 <= d < width:
                 raise RangeError(f"dimension {d} is out of range; {site} has 0 to {width - 1} here")
-        return len(self.dims) * (len(self.heads) if self.heads is not None else 1)
+        return len(dims) * (len(_several(self.heads)) if self.heads is not None else 1)
 
     def apply(self, rows: Array, which: IntArray, picks: IntArray) -> None:
         """Changes `rows[which]` in place.
@@ -313,15 +337,17 @@ class Edit:
             index = (which[:, None], np.asarray(self.dims, np.intp))
         old = rows[index]
         h = old.reshape(len(which), -1)
-        out = self._result(h, picks)
-        if self.keep_norm:
-            out = _with_norm_of(h, out)
-        rows[index] = out.reshape(old.shape)
+        # what is too large becomes infinite, and the caller refuses that
+        with np.errstate(over="ignore", invalid="ignore"):
+            out = self._result(h, picks)
+            if self.keep_norm:
+                out = _with_norm_of(h, out)
+            rows[index] = out.reshape(old.shape)
 
     def _result(self, h: Array, picks: IntArray) -> Array:
         """New rows for h (n, width)."""
         if not isinstance(self.op, str):
-            out = np.asarray(self.op(h.copy()), np.float32)
+            out = real_array(self.op(h.copy()), f"what the function at {self.site} made")
             if out.shape != h.shape:
                 raise UsageError(f"the function at {self.site} made {out.shape} of rows {h.shape}")
             return out
@@ -335,7 +361,15 @@ class Edit:
         if v.ndim == 2:
             row = picks if v.shape[0] > 1 else 0
             v, length = v[row], None if length is None else length[row]
-        return self._operator.apply(h, v, c if length is None else c * length)
+        if length is not None:
+            c = np.asarray(c * length, np.float32)
+        return self._operator.apply(h, v, c)
+
+
+def _several(indices: int | Sequence[int]) -> Sequence[int]:
+    """Heads or dims of an edit, which are a list since it was made."""
+    assert not isinstance(indices, int)
+    return indices
 
 
 def as_slice(index: IntArray) -> IntArray | slice:

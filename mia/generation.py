@@ -15,14 +15,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token of a prompt: its place, its id and its text."""
+    """A token of a text: its place, its id and its text.
+
+    Attributes:
+        text: a byte that is no UTF-8 by itself is spelled `<0xE2>`.
+        bytes: of a token that is no text, in hex.
+        character: what such bytes complete, with those of the tokens before.
+    """
 
     index: int
     id: int
     text: str
+    bytes: str = ""
+    character: str = ""
+
+    @property
+    def label(self) -> str:
+        """The text for a person, with the character that its bytes complete: `<0xAC>=€`."""
+        return f"{self.text}={self.character}" if self.character else self.text
 
     def document(self) -> dict[str, Any]:
-        return {"index": self.index, "id": self.id, "text": self.text}
+        return {"index": self.index, **self.named()}
+
+    def named(self) -> dict[str, Any]:
+        """The token without its place."""
+        more = {"bytes": self.bytes, "character": self.character}
+        return {"id": self.id, "text": self.text, **{k: v for k, v in more.items() if v}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +49,7 @@ class Generation(Report):
 
     Attributes:
         text: the continuation, without the token that ended the turn.
-        tokens: its token ids; pieces: their texts.
+        tokens: its token ids; pieces: their texts; written: both, and bytes that are no text.
         logprobs: natural log-probability of each token under the model's full distribution.
         baseline: the unedited run, if requested.
         prompt: the tokens of the prompt.
@@ -46,6 +64,7 @@ class Generation(Report):
     facts: ModelFacts
     result: Result
     baseline: Generation | None = None
+    written: Sequence[Token] = ()
     #: more entries for the document: what was changed
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -64,8 +83,8 @@ class Generation(Report):
 
     def rows(self) -> list[dict[str, Any]]:
         return [
-            {"id": t, "text": piece, "logprob": round(p, 6)}
-            for t, piece, p in zip(self.tokens, self.pieces, self.logprobs, strict=True)
+            {**token.named(), "logprob": round(p, 6)}
+            for token, p in zip(self.written, self.logprobs, strict=True)
         ]
 
     def plain(self) -> str:

@@ -119,9 +119,8 @@ class Hook:
         """Runs requests with this hook on; `read` is called for each afterwards."""
         results = model.run([self.on(model, r) for r in requests], progress=progress)
         if self.reads:
-            sites = self.at(model)
             for i, result in enumerate(results):
-                self.read(i, {s: result.captures[s] for s in sites})
+                self.read(i, result.by_capture[-1][1])  # `on` puts this hook's capture last
         return results
 
     def look(

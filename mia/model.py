@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mia.edits import Edit, Tokens, resolve_tokens
 from mia.engine.run import Engine
-from mia.errors import RangeError, UsageError
+from mia.errors import ModelError, UsageError
 from mia.generation import Generation
+from mia.io import runs
+from mia.io.files import file_sha256
+from mia.io.kinds import refuse_other_kind
 from mia.llama import CACHE_TYPES, LlamaModel
+from mia.llama.c_numbers import c_int, usable_threads
 from mia.models import registry
+from mia.notices import notice
 from mia.progress import Progress, step
 from mia.request import Capture, Request, Result, Sampling, one_or_more
-from mia.sites import KINDS, Site, parse_many
+from mia.sites import KINDS, Site, parse
 from mia.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from mia.io.provenance import ModelFacts
     from mia.lenses import LogitLens
     from mia.llama.weights import Weights
+    from mia.models.claims import Algebra
     from mia.steering import Handle, Steering
     from mia.vectors import Vector
 
@@ -57,7 +62,7 @@ class Model(Vocabulary):
         Args:
             model: a .gguf file, or a name that `mia models` lists.
             ctx: the most tokens of one request; by default what the model was trained with.
-            threads: by default all processors this process may use.
+            threads: by default, and at most, all processors this process may use.
             gpu_layers: how many blocks to put on a GPU, -1 for all.
             kv_type: type of the KV cache; by default f32 for F32 models (exact), else f16.
             bos: put a BOS token before each prompt; by default what the file asks for.
@@ -66,11 +71,20 @@ class Model(Vocabulary):
 
         Raises:
             ModelError: no such model, or the file is damaged or not a decoder model.
+            RangeError: ctx, threads or gpu_layers are out of range.
+            EngineError: this process was forked from one in which llama.cpp ran threads.
         """
         spec = registry.resolve(str(model))
         assert spec.path is not None
+        refuse_other_kind(spec.path, "model", ModelError)
+        if (run := runs.current()) is not None:
+            run.opens(spec.name, partial(file_sha256, spec.path))
         registry.check_gguf(spec.path)
-        layers = spec.gpu_layers if gpu_layers is None else gpu_layers
+        layers = c_int(spec.gpu_layers if gpu_layers is None else gpu_layers, "gpu_layers", -1)
+        n_ctx = ctx or spec.ctx
+        if n_ctx is not None:
+            c_int(n_ctx, "ctx", 1)
+        self.threads = usable_threads(threads)
         from mia.llama.probe import extra_buffers_safe
 
         llama = LlamaModel(spec.path, gpu_layers=layers, extra_bufts=extra_buffers_safe())
@@ -78,12 +92,9 @@ class Model(Vocabulary):
         self.path = spec.path
         self.n_layer, self.n_embd = self._llama.n_layer, self._llama.n_embd
         self.n_head, self.n_head_kv = self._llama.n_head, self._llama.n_head_kv
-        self.n_ctx = ctx or spec.ctx or self._llama.n_ctx_train
+        self.n_ctx = n_ctx or self._llama.n_ctx_train
         if self.n_ctx < 1:
-            raise RangeError(f"ctx must be at least 1, got {self.n_ctx}")
-        self.threads = threads or processors()
-        if self.threads < 1:
-            raise RangeError(f"threads must be at least 1, got {self.threads}")
+            raise ModelError(f"{self.name} says that its context is {self.n_ctx} tokens; give ctx")
         self.kv_type = kv_type or spec.kv_type or ("f32" if self._is_f32 else "f16")
         if self.kv_type not in CACHE_TYPES:
             raise UsageError(f"unknown kv type {self.kv_type!r}; known: {', '.join(CACHE_TYPES)}")
@@ -96,11 +107,15 @@ class Model(Vocabulary):
         )
         #: edits of every run, before the requests' own (see `steered`)
         self.standing_edits: list[Edit] = []
+        if run is not None:
+            from mia.io.provenance import opened, setup
+
+            run.opened(opened(self), setup())
 
     def close(self) -> None:
-        """Frees the model. Using it afterwards is an error."""
+        """Frees the model, as dropping it does, after the run that another thread may have under
+        way. Using it afterwards raises `UsageError`."""
         self._engine.close()
-        self._llama.close()
 
     def __enter__(self) -> Model:
         return self
@@ -133,38 +148,59 @@ class Model(Vocabulary):
 
     @cached_property
     def file_hash(self) -> str:
-        """SHA-256 of the model file."""
-        from mia.io.files import file_sha256
-
-        return file_sha256(self.path)
+        """SHA-256 of the model file as it was opened."""
+        return self._llama.file.sha256()
 
     # -- the one way to the model ----------------------------------------------------
 
     def run(self, requests: Iterable[Request], *, progress: Progress | None = None) -> list[Result]:
         """Runs requests, computing shared work once.
 
+        Calls from several threads take turns. A metric, an edit's function, a hook or `progress`
+        may raise, which ends the run, but cannot run this model itself.
+
         Args:
             progress: called as requests finish, with how many are done and how many there are.
 
         Raises:
-            UsageError: what a request asks for does not fit this model.
+            UsageError: what a request asks for does not fit this model, or this is called by
+                the run that is under way.
             EngineError: llama.cpp failed.
         """
         if isinstance(requests, Request):
             raise UsageError("run takes a list of requests; for one: run([request])[0]")
-        requests = list(requests)
+        requests = one_or_more(requests, Request)
         if standing := tuple(self.standing_edits):
             requests = [replace(r, edits=(*standing, *r.edits)) for r in requests]
+        if any(r.edits or r.captures for r in requests):
+            _ = self.site_checks
         return self._engine.run(requests, progress=progress)
+
+    @cached_property
+    def site_checks(self) -> Algebra:
+        """Whether this model's sites are what they say (`mia.models.claims`): tested when the
+        file's sites are used for the first time, and remembered. Sites that are not are no sites
+        of this model from then on."""
+        from mia.models.algebra import algebra
+
+        found = algebra(self, self._engine)
+        self._engine.blocks_with_vector = found.vectors
+        taken = {**found.unproved, **found.refused}
+        self._engine.sessions.refuse({parse(s, self.n_layer): why for s, why in taken.items()})
+        if found.refused:
+            notice(f"{self.name}: {found.summary()}")
+        return found
 
     @property
     def topology(self) -> Topology:
         """The graph with its sites (`mia.engine.graph.Topology`)."""
+        _ = self.site_checks
         return self._engine.topology()
 
     @property
     def unfused_topology(self) -> Topology:
         """The graph with flash attention off, which has the attention patterns too."""
+        _ = self.site_checks
         return self._engine.topology(fused=False)
 
     @cached_property
@@ -172,7 +208,7 @@ class Model(Vocabulary):
         """The file's tensors as float32."""
         from mia.llama.weights import Weights
 
-        return Weights(self.path)
+        return Weights(self._llama.file)
 
     @cached_property
     def lens(self) -> LogitLens:
@@ -183,7 +219,7 @@ class Model(Vocabulary):
         from mia.lenses import LogitLens
 
         lens = LogitLens(
-            self.topology, self.weights, architecture=self.architecture, piece=self.piece
+            self.topology, self.weights, architecture=self.architecture, described=self.described
         )
         tokens = [t % self.n_vocab for t in (7, 11, 13, 17)]
         last = Site("resid_post", self.n_layer - 1)
@@ -238,6 +274,7 @@ class Model(Vocabulary):
             self.n_embd,
             self.n_head,
             self.n_head_kv,
+            self._llama.file,
         )
 
     def file_metadata(self, **arguments: Any) -> dict[str, str]:
@@ -298,10 +335,10 @@ class Model(Vocabulary):
         """
         from mia.io.activations import Activations
 
-        sites = result.captures if capture is None else parse_many(capture.sites, self.n_layer)
+        arrays = result.captures if capture is None else result.of(capture)
         ids = [int(t) for t in tokens]
         return Activations(
-            {str(s): result.captures[s] for s in sites},
+            {str(s): a for s, a in arrays.items()},
             lambda: self.file_metadata(tokens=ids, bos=self.has_bos(ids)),
             f"the capture of {self.name}",
             facts=self.facts,
@@ -354,21 +391,16 @@ class Model(Vocabulary):
         Args:
             tokens: the prompt's token ids.
         """
+        rows = self.token_rows([*tokens, *result.tokens])
+        prompt, written = rows[: len(tokens)], rows[len(tokens) :]
         return Generation(
             text=self.text(result.tokens),
             tokens=result.tokens,
-            pieces=[self.piece(t) for t in result.tokens],
+            pieces=[t.text for t in written],
             logprobs=result.logprobs,
-            prompt=self.token_rows(tokens),
+            prompt=prompt,
+            written=written,
             facts=self.facts,
             result=result,
             baseline=baseline,
         )
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        return os.cpu_count() or 1

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mia.errors import UsageError
+from mia.io import runs
 
 
 def load_function(name: str) -> Callable[..., Any]:
@@ -23,6 +26,9 @@ def load_function(name: str) -> Callable[..., Any]:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
+    if (run := runs.current()) is not None:
+        run.imports(name)
+        _note_module(module_name)
     try:
         found = getattr(importlib.import_module(module_name), function)
     except AttributeError:
@@ -32,3 +38,13 @@ def load_function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise UsageError(f"{name!r} is not a function")
     return found
+
+
+def _note_module(name: str) -> None:
+    """The file of a module is one that the run reads, known before it is imported."""
+    with contextlib.suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.has_location and spec.origin is not None:
+            file = Path(spec.origin)
+            here = Path.cwd()
+            runs.reading(file.relative_to(here) if file.is_relative_to(here) else file)

@@ -30,9 +30,12 @@ def step(what: str) -> Iterator[Progress | None]:
     if not _bars.get():
         yield None
         return
-    from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress as Bars
 
-    with Bars(console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(what, total=None)
+    from mia.show.terminal import SafeConsole
+    from mia.show.text import safe
+
+    with Bars(console=SafeConsole(stderr=True), transient=True) as bars:
+        task = bars.add_task(escape(safe(what)), total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""Layers, tokens, items, heads and numbers, as a person writes them: one grammar everywhere.
+"""Layers, tokens, items, heads, experts and numbers, as a person writes them: one grammar everywhere.
 
 | text            | means                                                       |
 |-----------------|-------------------------------------------------------------|
@@ -8,7 +8,7 @@
 | `1,4,7..9`      | a list of these                                             |
 | `*`, `all`      | all of them                                                 |
 | `3.5`, `7.*`    | head 5 of layer 3; every head of layer 7                    |
-| `3..7.0..4`     | heads 0 to 4 of layers 3 to 7                               |
+| `3..7.0..4`     | heads 0 to 4 of layers 3 to 7; experts are written as heads |
 
 In Python a number, numbers and `Head`s do as well: `3`, `[1, 4, 7]`, `[Head(3, 5)]`.
 """
@@ -16,7 +16,7 @@ In Python a number, numbers and `Head`s do as well: `3`, `[1, 4, 7]`, `[Head(3, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mia.errors import RangeError, UsageError
@@ -40,10 +40,22 @@ class Head(NamedTuple):
         return {"layer": self.layer, "head": self.head, **values}
 
 
+class Expert(NamedTuple):
+    """One expert of a mixture; `str(Expert(3, 5))` is "3.5"."""
+
+    layer: int
+    expert: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.expert}"
+
+
 #: layers, tokens or items: a text in the grammar above, a number, or several numbers
 Ranges = str | int | Sequence[int]
 #: heads: a text in the grammar above, one head, or several of either
 Heads = str | Head | Sequence[Head | str]
+#: experts: a text in the grammar above, one expert, or several of either
+Experts = str | Expert | Sequence[Expert | str]
 
 
 def as_text(given: Ranges) -> str:
@@ -53,8 +65,8 @@ def as_text(given: Ranges) -> str:
     return ",".join(map(str, given))
 
 
-def _heads_as_text(given: Heads) -> str:
-    if isinstance(given, (str, Head)) or not isinstance(given, Iterable):
+def _heads_as_text(given: Heads | Experts) -> str:
+    if isinstance(given, (str, Head, Expert)) or not isinstance(given, Iterable):
         return str(given)
     # (3, 5) is as good as Head(3, 5)
     return ",".join(
@@ -178,6 +190,35 @@ def parse_heads(given: Heads, n_layer: int, n_head: int, what: str = "heads") ->
     return sorted(heads)
 
 
+def parse_experts(
+    given: Experts, n_layer: int, n_expert: Mapping[int, int], what: str = "experts"
+) -> list[Expert]:
+    """Experts, each once, by layer and number.
+
+    Args:
+        n_expert: layer -> how many it has, for layers with experts. `*` is all of these.
+
+    Raises:
+        UsageError: not the grammar above.
+        RangeError: no such layer or expert, or a layer without experts.
+    """
+    text = _heads_as_text(given)
+    where = f"{what} {text!r}"
+    experts: set[Expert] = set()
+    for part in (p.strip() for p in text.split(",")):
+        m = _LAYER_HEAD.fullmatch(part)
+        if m is None or not re.fullmatch(r"\*|all|[-\d.:]+", m[2]):
+            raise UsageError(f"{where}: {part!r} is not LAYER.EXPERT, like 3.5 or 7.0-3")
+        every = m[1] in ("*", "all")
+        for layer in n_expert if every else indices_in(m[1], n_layer, where, "layer"):
+            if layer not in n_expert:
+                have = compact(sorted(n_expert))
+                raise RangeError(f"{where}: layer {layer} has no experts; layers {have} have")
+            chosen = indices_in(m[2], n_expert[layer], where, "expert")
+            experts |= {Expert(layer, e) for e in chosen}
+    return sorted(experts)
+
+
 def every_head(n_layer: int, n_head: int) -> list[Head]:
     return [Head(i, h) for i in range(n_layer) for h in range(n_head)]
 
@@ -189,8 +230,8 @@ def other_heads(heads: Iterable[Head], n_head: int) -> list[Head]:
     return [Head(i, h) for i in layers for h in range(n_head) if Head(i, h) not in kept]
 
 
-def by_layer(heads: Iterable[Head]) -> dict[int, list[int]]:
-    """layer -> its heads, in the order given."""
+def by_layer(heads: Iterable[Head] | Iterable[Expert]) -> dict[int, list[int]]:
+    """layer -> its heads or experts, in the order given."""
     out: dict[int, list[int]] = {}
     for layer, head in heads:
         out.setdefault(layer, []).append(head)

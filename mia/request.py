@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
-
-import numpy as np
 
 from mia.arrays import Array
 from mia.edits import Edit, Tokens
 from mia.errors import SiteError, UsageError
 from mia.sites import Site
+from mia.values import flag, number, shown, token_indices, whole, wholes
 
 T = TypeVar("T")
 
 
-def one_or_more(given: T | Sequence[T], kind: type[T]) -> Sequence[T]:
-    """Several edits or captures; a list of one for one by itself."""
-    return [given] if isinstance(given, kind) else cast(Sequence[T], given)
+def one_or_more(given: T | Iterable[T], kind: type[T]) -> Sequence[T]:
+    """Several edits or captures; a list of one for one by itself. Raises `UsageError` for others."""
+    if isinstance(given, kind):
+        return [given]
+    name = kind.__name__
+    if not isinstance(given, Iterable):
+        raise UsageError(f"{shown(given)} is no {name}, nor several of them")
+    several = given if isinstance(given, (list, tuple)) else list(given)
+    for item in several:
+        if not isinstance(item, kind):
+            raise UsageError(f"{shown(item)} is not of type {name}")
+    return cast(Sequence[T], several)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,36 @@ class Capture:
     sites: str | Site | Sequence[str | Site]
     tokens: Tokens = None
     generated: bool = False
+
+    def __post_init__(self) -> None:
+        sites = self.sites
+        if not isinstance(sites, (str, Site)):
+            if not isinstance(sites, Iterable):
+                raise UsageError(f"a capture's sites are names or Sites, not {shown(sites)}")
+            sites = list(sites)
+            for site in sites:
+                if not isinstance(site, (str, Site)):
+                    raise UsageError(f"a capture's sites are names or Sites, not {shown(site)}")
+        object.__setattr__(self, "sites", sites)
+        object.__setattr__(self, "tokens", token_indices(self.tokens, "tokens of a capture"))
+        flag(self.generated, "generated of a capture")
+
+
+#: of temperature and penalties, or of one divided by them: beyond it logits overflow
+_LARGEST = 1e20
+#: a C int
+_MOST_TOP_K = 2**31 - 1
+#: fields of Sampling, their type, and what messages call them
+_SAMPLING: tuple[tuple[str, Callable[[Any, str], float], str], ...] = (
+    ("temperature", number, "temperature"),
+    ("top_k", whole, "top-k"),
+    ("top_p", number, "top-p"),
+    ("min_p", number, "min-p"),
+    ("repeat_penalty", number, "repeat penalty"),
+    ("frequency_penalty", number, "frequency penalty"),
+    ("presence_penalty", number, "presence penalty"),
+    ("seed", whole, "seed"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +95,26 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, check, what in _SAMPLING:  # numpy's numbers become Python's
+            object.__setattr__(self, name, check(getattr(self, name), what))
+        for name, _, what in _SAMPLING:
+            if name.endswith("penalty") and abs(getattr(self, name)) > _LARGEST:
+                raise UsageError(f"{what} {getattr(self, name)} is too large")
         if not self.temperature >= 0:
             raise UsageError(f"temperature {self.temperature} is negative")
+        if self.temperature > _LARGEST or 0 < self.temperature < 1 / _LARGEST:
+            raise UsageError(
+                f"temperature {self.temperature} is not in {1 / _LARGEST:g} to {_LARGEST:g}; 0 is greedy"
+            )
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p {self.top_p} is not in (0, 1]")
         if not 0 <= self.min_p < 1:
             raise UsageError(f"min-p {self.min_p} is not in [0, 1)")
         if self.top_k < 0:
             raise UsageError(f"top-k {self.top_k} is negative")
-        if not self.repeat_penalty > 0:
+        if self.top_k > _MOST_TOP_K:
+            raise UsageError(f"top-k {self.top_k} is more than {_MOST_TOP_K}")
+        if not self.repeat_penalty >= 1 / _LARGEST:
             raise UsageError(f"repeat penalty {self.repeat_penalty} is not positive")
         if not 0 <= self.seed < 2**32 - 1:  # 2^32 - 1 is llama.cpp's word for a random seed
             raise UsageError(f"seed {self.seed} is not in 0 to {2**32 - 2}")
@@ -112,10 +161,25 @@ class Request:
         object.__setattr__(self, "captures", one_or_more(self.captures, Capture))
         if isinstance(self.tokens, str):
             raise UsageError("tokens are ids, not a text; Model.tokenize makes them of one")
-        if not all(isinstance(t, (int, np.integer)) for t in self.tokens):
-            raise UsageError("tokens are whole numbers; Model.tokenize makes them of a text")
-        if not len(self.tokens):
+        try:
+            n_tokens = len(wholes(self.tokens, "tokens"))
+        except UsageError as err:
+            raise UsageError(
+                f"tokens are whole numbers; Model.tokenize makes them of a text ({err})"
+            ) from None
+        if not n_tokens:
             raise UsageError("the prompt is empty; give at least one token")
+        if not isinstance(self.logits, str):
+            object.__setattr__(self, "logits", token_indices(self.logits, "logits"))
+        if self.metric is not None and not callable(self.metric):
+            raise UsageError(f"a metric is a function of logits, not {shown(self.metric)}")
+        if self.metric is not None and self.logits is None:
+            raise UsageError("a metric needs logits, and logits is None")
+        if not isinstance(self.sampling, Sampling):
+            raise UsageError(f"sampling is a Sampling, not {shown(self.sampling)}")
+        flag(self.stop_at_eog, "stop_at_eog")
+        flag(self.logprobs, "logprobs")
+        object.__setattr__(self, "n_predict", whole(self.n_predict, "n_predict"))
         if self.n_predict < 0:
             raise UsageError(f"n_predict {self.n_predict} is negative")
         if isinstance(self.logits, str) and self.logits not in ("last", "all"):
@@ -134,7 +198,9 @@ class Result:
         value: what the metric returned.
         captures: by site: `(n_tokens, width)` float32, heads flattened;
             `(n_tokens, n_head, n_keys)` for `attn_pattern` and `attn_scores`, keys by position. In the
-            order of `Capture.tokens`, generated tokens after them.
+            order of `Capture.tokens`, generated tokens after them. If several captures read one
+            site, each token once, in the order in which they name it; `of` keeps them apart.
+        by_capture: each capture of the request with its own arrays, in order.
         tokens: generated token ids.
         logprobs: natural log-probability of each generated token under the model's full
             distribution (before temperature and cuts), where `Request.logprobs` asks for them.
@@ -145,6 +211,14 @@ class Result:
     captures: dict[Site, Array] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    by_capture: list[tuple[Capture, dict[Site, Array]]] = field(default_factory=list)
+
+    def of(self, capture: Capture) -> dict[Site, Array]:
+        """What one of the request's captures read, by site. Raises `UsageError` if it is none."""
+        for own, arrays in self.by_capture:
+            if own is capture or own == capture:
+                return arrays
+        raise UsageError(f"the request had no {capture}")
 
     def __getitem__(self, site: str | Site) -> Array:
         """The capture at a site. Raises `SiteError` naming what was captured."""

@@ -7,7 +7,8 @@ has to be searched for in the graph also needs a function in `mia.engine.graph`.
     resid_post.14    l_out-14    blocks.14.hook_resid_post
 
 A bare name means every layer; `l_out-10..20` and `l_out-3,7` are ranges and lists. Layers
-count from zero; `resid_post.i` is the output of block i.
+count from zero; `resid_post.i` is the output of block i. Names of Hugging Face's modules are
+read too (`mia.modules`).
 
 Two llama.cpp names need care. `kqv_out` is the concatenated heads before W_O today, but was
 what attention adds to the residual in the first llama.cpp tools; `reads_as_attn_out` tells
@@ -17,12 +18,13 @@ the commands that keep the old meaning. `kq` is neither scaled nor soft-capped y
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 
-from mia.errors import SiteError
+from mia import modules
+from mia.errors import SiteError, did_you_mean
 from mia.ranges import index_in, indices_in
 
 
@@ -32,7 +34,7 @@ class SiteKind:
 
     Attributes:
         name: mia's name.
-        hook: TransformerLens' name, without `blocks.i.` in front.
+        hook: TransformerLens' name, without `blocks.i.` in front; "" where it has none.
         llama: llama.cpp's names, without the layer; the first is the one that mia prints.
         shape: one token's row in symbols: `(width,)`, or heads first and then what each head
             has: numbers (`head_dim`), or one number per key (`n_keys`).
@@ -41,6 +43,7 @@ class SiteKind:
             the site has no layers) computes.
         residual: a vector of the residual stream, or one that is added to it.
         lens: whether the logit lens reads it.
+        read_only: it can be captured, not edited.
         about: one line for people; `{n_head}`, `{n_head_kv}`, `{head_dim}` and `{kv_shared}`
             stand for the model's.
     """
@@ -53,6 +56,7 @@ class SiteKind:
     block_end: bool = False
     residual: bool = False
     lens: bool = False
+    read_only: bool = False
     about: str = ""
 
     @property
@@ -73,7 +77,7 @@ class SiteKind:
         return (
             f"{self.name}.{layer}",
             f"{llama}-{layer}" if llama else "",
-            f"blocks.{layer}.{self.hook}",
+            f"blocks.{layer}.{self.hook}" if self.hook else "",
         )
 
 
@@ -109,7 +113,7 @@ SITES = (
         "attn.hook_attn_scores",
         ("kq",),
         ("n_head", "n_keys"),
-        about="{n_head} heads, before mask and softmax; not with flash attention",
+        about="{n_head} heads, before the softmax, 0 where the mask hides the key; not with flash attention",
     ),
     SiteKind(
         "attn_pattern",
@@ -134,6 +138,35 @@ SITES = (
         about="all heads after W_O, its bias and a norm behind it where there is one",
     ),
     SiteKind("resid_mid", "hook_resid_mid", ("ffn_inp",), residual=True, lens=True),
+    SiteKind(
+        "router",
+        "",
+        ("ffn_moe_logits",),
+        ("n_expert",),
+        about="the router's logit of each expert, before the choice",
+    ),
+    SiteKind(
+        "router_choice",
+        "",
+        ("ffn_moe_probs_biased",),
+        ("n_expert",),
+        about="the router's scores plus a bias that only the choice reads",
+    ),
+    SiteKind(
+        "experts",
+        "mlp.hook_expert_indices",
+        ("ffn_moe_topk",),
+        ("n_expert_used",),
+        read_only=True,
+        about="numbers of the experts chosen, the best first; read only",
+    ),
+    SiteKind(
+        "expert_weights",
+        "",
+        ("ffn_moe_weights",),
+        ("n_expert",),
+        about="what each expert's output is multiplied by; 0 if it is not chosen",
+    ),
     SiteKind("mlp_out", "hook_mlp_out", ("ffn_out",), residual=True, lens=True),
     SiteKind("resid_post", "hook_resid_post", ("l_out",), block_end=True, residual=True, lens=True),
     SiteKind(
@@ -157,9 +190,13 @@ HEADED = tuple(k.name for k in SITES if k.headed)
 BY_KEY = tuple(k.name for k in SITES if k.by_key)
 #: what a lens reads: residuals, what is added to them, and their norms
 LENS_READS = tuple(k.name for k in SITES if k.lens)
+#: where experts are chosen, by numbers that may be -inf: such an expert is not chosen
+ROUTERS = ("router", "router_choice")
+#: sites of mixtures of experts
+OF_EXPERTS = (*ROUTERS, "experts", "expert_weights")
 
 _OF_LLAMA = {llama: k for k in SITES for llama in k.llama}
-_OF_HOOK = {k.hook: k for k in SITES}
+_OF_HOOK = {k.hook: k for k in SITES if k.hook}
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -214,6 +251,8 @@ def parse_many(text: str | Site | Iterable[str | Site], n_layer: int) -> list[Si
     """
     if isinstance(text, Site):
         return [_checked(text, n_layer)]
+    if not isinstance(text, (str, Iterable)):
+        raise SiteError(f"a site is a name or a Site, not {text!r}")
     if not isinstance(text, str):
         return list(dict.fromkeys(s for part in text for s in parse_many(part, n_layer)))
     name, layers = split_spelling(text.strip())
@@ -244,6 +283,8 @@ def split_spelling(text: str) -> tuple[str, str | None]:
             return kind.name, m[2]
     if kind := _kind(text):
         return kind.name, None
+    if module := modules.module_site(text):
+        return module
     raise _unknown(text)
 
 
@@ -260,24 +301,28 @@ def _checked(site: Site, n_layer: int) -> Site:
         if site.layer is not None:
             raise SiteError(f"site {str(site)!r}: {site.name} has no layers")
         return site
+    if isinstance(site.layer, bool) or not isinstance(site.layer, (int, type(None), Integral)):
+        raise SiteError(f"site {site.name!r}: layer {site.layer!r} is not a whole number")
     if site.layer is None:
         raise SiteError(
             f"site {site.name!r} needs a layer: {site.name}.0 to {site.name}.{n_layer - 1}"
         )
-    return Site(site.name, index_in(site.layer, n_layer, repr(str(site)), "layer"))
+    return Site(site.name, index_in(int(site.layer), n_layer, repr(str(site)), "layer"))
 
 
 def _unknown(text: str) -> SiteError:
-    block = re.fullmatch(r"(blocks\.[^.]+\.)(.+)", text)
-    if block is None:
-        prefix, base = "", re.split(r"[-.]\d", text, maxsplit=1)[0]
-        known = [*NAMES, *_OF_LLAMA]
-    else:
-        prefix, base = block[1], block[2]
-        known = [k.hook for k in SITES if k.layered]
-    near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
-    if near:
+    base, mark, rest = re.match(r"([^-.]*)([-.]?)(.*)", text, re.S).groups()  # type: ignore[union-attr]
+    if (kind := _kind(base)) and not kind.layered:
+        return SiteError(f"site {text!r}: {kind.name} has no layers")
+    if kind:
         return SiteError(
-            f"unknown site {text!r}; did you mean {' or '.join(prefix + n for n in near)}?"
+            f"unknown site {text!r}: {rest!r} is not a layer, a range like {base}{mark}3..7 or a "
+            f"list like {base}{mark}1,4"
         )
-    return SiteError(f"unknown site {text!r}; known: {', '.join(NAMES)}")
+    if block := re.fullmatch(r"(blocks\.[^.]+\.)(.+)", text):
+        near = did_you_mean(block[2], [k.hook for k in SITES if k.layered and k.hook])
+        near = re.sub(r"(did you mean| or) ", rf"\1 {block[1]}", near)
+    else:
+        base = re.split(r"[-.]-?\d", text, maxsplit=1)[0]
+        near = did_you_mean(base, [*NAMES, *_OF_LLAMA, *modules.NAMES])
+    return SiteError(f"unknown site {text!r}{near or '; known: ' + ', '.join(NAMES)}")

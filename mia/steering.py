@@ -23,6 +23,7 @@ from mia.edits import OPERATORS, Edit, Function, Tokens
 from mia.errors import UsageError
 from mia.plugins import load_function
 from mia.sites import Site
+from mia.values import distinct, flag, number, shown, token_indices
 from mia.vectors import Vector
 
 #: rows (n, width), direction (width,), coefficient -> rows
@@ -46,17 +47,30 @@ class Steering:
     vector: Vector
     op: str | SteeringFunction = "add"
     coeff: float = 1.0
-    layers: Sequence[int] | None = None
+    layers: int | Sequence[int] | None = None
     tokens: Tokens = None
     generated: bool | None = None
     keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.vector, Vector):
+            raise UsageError(f"a Steering's vector is a Vector, not {shown(self.vector)}")
+        if not isinstance(self.op, str) and not callable(self.op):
+            raise UsageError(f"op is neither an operator's name nor a function: {shown(self.op)}")
+        number(self.coeff, "coefficient")
+        distinct(self.layers, "layers of a Steering")
+        token_indices(self.tokens, "tokens of a Steering")
+        if self.generated is not None:
+            flag(self.generated, "generated of a Steering")
+        flag(self.keep_norm, "keep_norm of a Steering")
 
     def edits(self) -> list[Edit]:
         """One edit per layer. Requests must share them to be steered by a control vector.
 
         Raises `UsageError` for an unknown operator, or if the vector has none of the layers.
         """
-        chosen = self.vector if self.layers is None else self.vector.at(self.layers)
+        layers = distinct(self.layers, "layers of a Steering")
+        chosen = self.vector if layers is None else self.vector.at(layers)
         op = self._operator()
         return [
             Edit(

@@ -2,17 +2,63 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mia.errors import RangeError, UsageError
 from mia.generation import Token
+from mia.values import shown, whole, wholes
 
 if TYPE_CHECKING:
     from mia.llama import LlamaModel
     from mia.models.registry import ModelSpec
+
+
+def _spelled(err: UnicodeError) -> tuple[str, int]:
+    assert isinstance(err, UnicodeDecodeError)
+    return "".join(f"<0x{b:02X}>" for b in err.object[err.start : err.end]), err.end
+
+
+codecs.register_error("mia.bytes", _spelled)
+
+
+def as_text(data: bytes) -> str:
+    """UTF-8 as text; bytes that are none are spelled `<0xE2>`."""
+    return data.decode(errors="mia.bytes")
+
+
+def completed_characters(pieces: Sequence[bytes]) -> list[str]:
+    """For the bytes of each token of a text the character that they complete, whose first bytes
+    are those of tokens before; "" for none."""
+    out, begun = [], b""  # begun: the bytes of a character that is not whole yet
+    for data in pieces:
+        whole, n = begun + data, _length(begun[:1])
+        try:
+            out.append(whole[:n].decode() if begun and len(whole) >= n else "")
+        except UnicodeDecodeError:
+            out.append("")
+        if not begun or len(whole) >= n:
+            whole = data
+        starts = [k for k in range(1, min(4, len(whole) + 1)) if _length(whole[-k:][:1]) > k]
+        begun = whole[-starts[0] :] if starts else b""
+    return out
+
+
+def _length(lead: bytes) -> int:
+    """How many bytes the character has whose first byte this is; 1 for any other byte."""
+    first = lead[0] if lead else 0
+    return (
+        4
+        if 0xF0 <= first < 0xF5
+        else 3
+        if 0xE0 <= first < 0xF0
+        else 2
+        if 0xC2 <= first < 0xE0
+        else 1
+    )
 
 
 class Vocabulary:
@@ -73,6 +119,8 @@ class Vocabulary:
         Raises:
             UsageError: a BOS is asked for and the vocabulary has none.
         """
+        if not isinstance(text, str):
+            raise UsageError(f"tokenize takes a text, not {shown(text)}")
         ids = self._llama.tokenize(text, special=special)
         if self.wants_bos(bos):
             if self.bos_token < 0:
@@ -89,14 +137,28 @@ class Vocabulary:
         return both[n:] if both[:n] == head else self._llama.tokenize(text, special=True)
 
     def piece(self, token: int) -> str:
-        """The text of one token; bytes that are no UTF-8 by themselves show as `�`."""
-        return self._bytes(token).decode(errors="replace")
+        """The text of one token; a byte that is no UTF-8 by itself is spelled `<0xE2>`."""
+        return as_text(self.token_bytes(token))
 
     def detokenize(self, tokens: Iterable[int]) -> str:
-        """The text of several tokens, control tokens spelled out."""
-        return b"".join(self._bytes(int(t)) for t in tokens).decode(errors="replace")
+        """The text of several tokens, control tokens spelled out, bytes as in `piece`."""
+        return as_text(b"".join(self.token_bytes(t) for t in tokens))
 
-    def _bytes(self, token: int) -> bytes:
+    def described(self, token: int) -> dict[str, Any]:
+        """A token as documents have it: id, text, and in hex the bytes of one that is no text."""
+        return Token(0, token, *self._text_and_bytes(token)).named()
+
+    def _text_and_bytes(self, token: int) -> tuple[str, str]:
+        """A token's text, and its bytes in hex if they are no UTF-8."""
+        data = self.token_bytes(token)
+        try:
+            return data.decode(), ""
+        except UnicodeDecodeError:
+            return as_text(data), data.hex()
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for. Raises `RangeError`."""
+        token = whole(token, "a token id")
         if not 0 <= token < self.n_vocab:
             raise RangeError(
                 f"token id {token} is out of range; the vocabulary has 0 to {self.n_vocab - 1}"
@@ -124,7 +186,6 @@ class Vocabulary:
 
         Raises `UsageError` where the model has no template.
         """
-        import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         template = self.spec.chat_template or self._llama.chat_template()
@@ -149,7 +210,9 @@ class Vocabulary:
                 bos_token=self.piece(bos) if bos >= 0 else "",
                 eos_token=self.piece(eos) if eos >= 0 else "",
             )
-        except jinja2.TemplateError as err:
+        except UsageError:
+            raise
+        except Exception as err:  # a template is a program: it may divide by zero
             raise UsageError(f"the chat template of {self.name} fails: {err}") from err
 
     def ids(
@@ -162,14 +225,20 @@ class Vocabulary:
         if isinstance(prompt, str):
             tokens = self.tokenize(self.chat(prompt) if chat else prompt, bos=bos)
         else:
-            tokens = [int(t) for t in prompt]
+            tokens = wholes(prompt, "a prompt that is no text")
         if not tokens:
             raise UsageError("the prompt is empty")
         return tokens
 
     def token_rows(self, tokens: Iterable[int]) -> list[Token]:
-        """Index, id and text of tokens."""
-        return [Token(i, t, self.piece(t)) for i, t in enumerate(tokens)]
+        """Tokens of a text in their order: index, id and text; of bytes that are no text the
+        character that they complete with those before."""
+        ids = [int(t) for t in tokens]
+        completed = completed_characters([self.token_bytes(t) for t in ids])
+        return [
+            Token(i, t, *self._text_and_bytes(t), character)
+            for i, (t, character) in enumerate(zip(ids, completed, strict=True))
+        ]
 
     def has_bos(self, tokens: Sequence[int]) -> bool:
         """Whether a prompt begins with a BOS token."""

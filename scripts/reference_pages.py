@@ -33,8 +33,10 @@ HEADER = """# Commands
 <!-- Written by scripts/make_reference from the commands; change their help, not this page. -->
 
 Data goes to stdout; notices and progress go to stderr. The exit status is 0 if the command did
-its work, 1 after an error (one line that starts with `mia:`), and 2 if the command line itself is
-wrong.
+its work, 1 after an error, and 2 if the command line itself is wrong. An error is one line that
+starts with `mia:`; with `--json` it also leaves a document on stdout,
+`{"error": {"type": "FileError", "message": "…"}}`. If a reader leaves early, as in `mia sites | head`,
+the status is 0.
 """
 
 

@@ -1,5 +1,6 @@
 """Tiny random models for all tests, opened once: `tiny("llama")` is a model and its oracle."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -8,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from tiny import CASES, Tiny
+from tiny import CASES, MIXTURES, Tiny
 from tiny_gguf import write_tiny
 
 from mia.engine import limits
@@ -25,9 +26,21 @@ def _ctrl_c_is_heard() -> Iterator[None]:
     signal.signal(signal.SIGINT, old)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is remembered of files, so that a test finds nothing of an earlier run."""
+    old = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if old is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = old
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Tiny]]:
-    """The tiny model of a name in CASES, or "mamba". One thread: on a busy machine a barrier
+    """The tiny model of a name in CASES or MIXTURES, or "mamba". One thread: on a busy machine a barrier
     between two costs more than these models take."""
     folder = tmp_path_factory.mktemp("tiny")
     with ExitStack() as stack:
@@ -44,6 +57,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], T
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest, tiny: Callable[[str], Tiny]) -> Tiny:
     """Each tiny model in turn."""
+    return tiny(request.param)
+
+
+@pytest.fixture(params=MIXTURES)
+def mixture(request: pytest.FixtureRequest, tiny: Callable[[str], Tiny]) -> Tiny:
+    """Each tiny mixture of experts in turn."""
     return tiny(request.param)
 
 

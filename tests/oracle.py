@@ -1,6 +1,7 @@
 """A forward pass in float64 numpy, read from the same GGUF file: what llama.cpp should compute.
 
-It shares nothing with mia and knows four architectures: llama, qwen2, gemma2 and gpt2. One
+It shares nothing with mia and knows four architectures: llama, qwen2, gemma2 and gpt2, and three
+mixtures of experts: llama with experts (Mixtral), qwen2moe and dots1. One
 block, in the usual symbols (Vaswani et al. 2017; Elhage et al. 2021 for the residual stream):
 
     x                resid_pre.i    (n_tokens, n_embd)   gemma2: token rows * sqrt(n_embd);
@@ -9,7 +10,7 @@ block, in the usual symbols (Vaswani et al. 2017; Elhage et al. 2021 for the res
     q = R(a Wq)      q.i            (n_tokens, n_head * head_dim)     R: rotary positions
     k = R(a Wk)      k.i            (n_tokens, n_head_kv * head_dim)
     v = a Wv         v.i            (n_tokens, n_head_kv * head_dim)
-    S                attn_scores.i  (n_tokens, n_head, n_tokens)      scaled and capped; no mask, the future 0
+    S                attn_scores.i  (n_tokens, n_head, n_tokens)      scaled and capped; 0 where the mask hides the key
     A                attn_pattern.i (n_tokens, n_head, n_tokens)      softmax, row = query
     z = A v          head_out.i     (n_tokens, n_head * head_dim)     heads side by side
     o = z Wo         attn_out.i     (n_tokens, n_embd)   gemma2: after its post-norm
@@ -17,6 +18,15 @@ block, in the usual symbols (Vaswani et al. 2017; Elhage et al. 2021 for the res
     b = norm(m)      mlp_norm.i     (n_tokens, n_embd)
     f = MLP(b)       mlp_out.i      (n_tokens, n_embd)   gemma2: after its post-norm
     y = m + f        resid_post.i   (n_tokens, n_embd)   the same tensor as resid_pre.(i+1)
+
+In a block with experts (Shazeer et al. 2017; Jiang et al. 2024) the MLP is, for each token,
+
+    l = b Wr         router.i         (n_tokens, n_expert)
+    s = softmax(l)                    dots1: sigmoid(l)
+    c = s + bias     router_choice.i  (n_tokens, n_expert)        dots1 alone
+    E = top-k(c)     experts.i        (n_tokens, n_expert_used)   dots1: in the best groups only
+    w = s_E / sum    expert_weights.i (n_tokens, n_expert)        0 if not chosen; qwen2moe: s_E
+    f = sum_e w_e MLP_e(b)            and the shared expert's output, qwen2moe: times a sigmoid
 
 around it 'embed' (token rows as stored, (n_tokens, n_embd)), 'final_norm' (n_tokens, n_embd)
 and 'logits' (n_tokens, n_vocab, after soft-capping). Biases apply wherever the file has them.
@@ -64,6 +74,11 @@ def gelu(x: Array) -> Array:
     return np.where(x <= -10.0, 0.0, np.where(x >= 10.0, x, y))
 
 
+def sigmoid(x: Array) -> Array:
+    """Return 1 / (1 + exp(-x)), for -inf too."""
+    return 0.5 + 0.5 * np.tanh(x / 2)
+
+
 def softmax(x: Array) -> Array:
     """Normalise the last axis of x."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
@@ -102,13 +117,16 @@ class Spec:
     rope_interleaved: bool | None = False  # None: no rotation
     scale_embed: bool = False
     window_every: int = 0  # 2: all layers but each second have a sliding window
+    norm_experts: bool = False  # weights of experts are divided by their sum
 
 
 SPECS = {
-    "llama": Spec(rope_interleaved=True),
+    "llama": Spec(rope_interleaved=True, norm_experts=True),
     "qwen2": Spec(),
     "gemma2": Spec(act=gelu, scale_embed=True, window_every=2),
     "gpt2": Spec(norm=layer_norm, act=gelu, rope_interleaved=None),
+    "qwen2moe": Spec(),
+    "dots1": Spec(),
 }
 
 
@@ -145,6 +163,12 @@ class Oracle:
         self.score_cap = meta("attn_logit_softcapping")
         self.logit_cap = meta("final_logit_softcapping")
         self.window = meta("attention.sliding_window")
+        self.n_expert_used = int(meta("expert_used_count", 0))
+        self.experts_sigmoid = meta("expert_gating_func") == 2
+        self.experts_norm = self.spec.norm_experts or bool(meta("expert_weights_norm"))
+        self.experts_scale = float(meta("expert_weights_scale", 1.0))
+        self.n_group = int(meta("expert_group_count", 0))
+        self.n_group_used = int(meta("expert_group_used_count", 0))
 
     def run(self, tokens: Sequence[int], edits: Edits | None = None) -> dict[str, Array]:
         """Run the model on tokens and return every site by key, after its edit.
@@ -196,6 +220,7 @@ class Oracle:
             q, k, v = np.split(qkv, [n_q, n_q + n_kv], axis=1)
         else:
             q, k, v = (self._linear(f"blk.{i}.attn_{part}", a) for part in "qkv")
+        q, k = (self._head_norm(f"blk.{i}.attn_{n}_norm", x) for n, x in (("q", q), ("k", k)))
         q = self._heads(run.at(f"q.{i}", self._rope(q)))  # (T, n_head, head_dim)
         k = self._heads(run.at(f"k.{i}", self._rope(k)))  # (T, n_head_kv, head_dim)
         v = self._heads(run.at(f"v.{i}", v))  # (T, n_head_kv, head_dim)
@@ -204,9 +229,9 @@ class Oracle:
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)  # (T, n_head, head_dim)
         scores = np.einsum("qhd,khd->qhk", q, k) / np.sqrt(self.head_dim)  # (T, n_head, T)
         scores = soft_cap(scores, self.score_cap)
-        past = np.tril(np.ones((n_tokens, n_tokens), bool))[:, None]  # nobody reads the future
-        scores = run.at(f"attn_scores.{i}", np.ascontiguousarray(np.where(past, scores, 0.0)))
-        scores = np.where(self._visible(i, n_tokens)[:, None], scores, -np.inf)
+        seen = self._visible(i, n_tokens)[:, None]
+        scores = run.at(f"attn_scores.{i}", np.ascontiguousarray(np.where(seen, scores, 0.0)))
+        scores = np.where(seen, scores, -np.inf)
         pattern = run.at(f"attn_pattern.{i}", softmax(scores))  # (T, n_head, T)
         z = np.einsum("qhk,khd->qhd", pattern, v).reshape(n_tokens, n_q)
         z = run.at(f"head_out.{i}", z)  # (T, n_head * head_dim)
@@ -217,6 +242,8 @@ class Oracle:
     def _mlp(self, run: "_Run", i: int, mid: Array) -> Array:
         """Return what MLP i adds to the residual mid (T, n_embd)."""
         b = run.at(f"mlp_norm.{i}", self._norm(f"blk.{i}.ffn_norm", mid))  # (T, n_embd)
+        if f"blk.{i}.ffn_gate_inp.weight" in self.weights:
+            return run.at(f"mlp_out.{i}", self._experts(run, i, b))  # (T, n_embd)
         up = self._linear(f"blk.{i}.ffn_up", b)  # (T, n_ff)
         if f"blk.{i}.ffn_gate.weight" in self.weights:  # gated: Shazeer 2020
             hidden = self.spec.act(self._linear(f"blk.{i}.ffn_gate", b)) * up  # (T, n_ff)
@@ -225,6 +252,61 @@ class Oracle:
         out = self._linear(f"blk.{i}.ffn_down", hidden)  # (T, n_embd)
         out = self._post_norm(f"blk.{i}.post_ffw_norm", out)
         return run.at(f"mlp_out.{i}", out)  # (T, n_embd)
+
+    def _experts(self, run: "_Run", i: int, b: Array) -> Array:
+        """Return the sum of the chosen experts of layer i on rows b (T, n_embd)."""
+        blk = f"blk.{i}"
+        logits = run.at(f"router.{i}", self._linear(f"{blk}.ffn_gate_inp", b))  # (T, n_expert)
+        scores = sigmoid(logits) if self.experts_sigmoid else softmax(logits)  # (T, n_expert)
+        choice = scores
+        if f"{blk}.exp_probs_b.bias" in self.weights:
+            choice = scores + self.weights[f"{blk}.exp_probs_b.bias"]
+            choice = run.at(f"router_choice.{i}", choice)
+        choice = self._in_best_groups(choice)
+        chosen = np.argsort(-choice, axis=1, kind="stable")[:, : self.n_expert_used]
+        run.at(f"experts.{i}", chosen.astype(np.float64))
+        weights = np.zeros_like(scores)  # (T, n_expert)
+        np.put_along_axis(weights, chosen, np.take_along_axis(scores, chosen, 1), 1)
+        is_chosen = np.zeros(scores.shape, bool)
+        np.put_along_axis(is_chosen, chosen, True, 1)
+        if self.experts_norm:
+            weights /= np.maximum(weights.sum(1, keepdims=True), 6.103515625e-5)
+        weights = run.at(f"expert_weights.{i}", weights * self.experts_scale) * is_chosen
+        run.sites[f"expert_weights.{i}"] = weights
+        out = np.zeros_like(b)
+        for e in range(scores.shape[1]):
+            part = {
+                n: self.weights[f"{blk}.ffn_{n}_exps.weight"][e] for n in ("gate", "up", "down")
+            }
+            hidden = self.spec.act(b @ part["gate"].T) * (b @ part["up"].T)  # (T, n_ff)
+            out += weights[:, e : e + 1] * (hidden @ part["down"].T)
+        return out + self._shared_expert(blk, b)
+
+    def _shared_expert(self, blk: str, b: Array) -> Array | float:
+        if f"{blk}.ffn_up_shexp.weight" not in self.weights:
+            return 0.0
+        hidden = self.spec.act(self._linear(f"{blk}.ffn_gate_shexp", b))
+        out = self._linear(f"{blk}.ffn_down_shexp", hidden * self._linear(f"{blk}.ffn_up_shexp", b))
+        gate = self.weights.get(f"{blk}.ffn_gate_inp_shexp.weight")
+        return out if gate is None else sigmoid(b @ gate)[:, None] * out
+
+    def _in_best_groups(self, choice: Array) -> Array:
+        """Return choice (T, n_expert) with -inf outside the groups whose best two sum to most."""
+        if self.n_group < 2:
+            return choice
+        groups = choice.reshape(len(choice), self.n_group, -1)  # (T, n_group, per group)
+        best = np.sort(groups, axis=2)[:, :, -2:].sum(2)  # (T, n_group)
+        used = np.argsort(-best, axis=1, kind="stable")[:, : self.n_group_used]
+        out = np.full_like(groups, -np.inf)
+        for t, g in enumerate(used):
+            out[t, g] = groups[t, g]
+        return out.reshape(choice.shape)
+
+    def _head_norm(self, name: str, x: Array) -> Array:
+        """Return x (T, heads * head_dim) with each head normed, where the file has such a norm."""
+        if f"{name}.weight" not in self.weights:
+            return x
+        return self._norm(name, self._heads(x)).reshape(x.shape)
 
     def _visible(self, i: int, n_tokens: int) -> Array:
         """Return which keys each query of layer i sees, (n_tokens, n_tokens) of bool."""

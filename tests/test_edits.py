@@ -3,7 +3,7 @@
 import re
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from extended import run_extended
 from reference import ELSEWHERE, UNTOUCHED, check, check_same, check_untouched, expected
-from tiny import CASES, Tiny
+from tiny import CASES, MIXTURES, Tiny, logits
 
 from mia import edits
 from mia.cli.steer import ALIASES
@@ -68,6 +68,8 @@ def _site_requests(t: Tiny, prompt: list[int]) -> list[Request]:
     rng = np.random.default_rng(3)
     requests = []
     for site, node in t.model.topology.sites.items():
+        if site.kind.read_only:
+            continue
         if site.name in ("attn_pattern", "attn_scores"):
             edit = Edit(site, "zero", tokens=[5, -1], heads=[1])
         else:
@@ -118,7 +120,7 @@ def _order_requests(t: Tiny, prompt: list[int]) -> list[Request]:
     return out + [Request(prompt, list(p[::-1]), [_everything(t)], "all") for p in pairs]
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[*CASES, *MIXTURES])
 def suite(
     request: pytest.FixtureRequest, tiny: Callable[[str], Tiny]
 ) -> tuple[Tiny, list[Request], list[Any]]:
@@ -126,7 +128,8 @@ def suite(
     t = tiny(request.param)
     prompt = t.prompt(N_TOKENS)
     requests = [Request(prompt, captures=[_everything(t)], logits="all")]
-    thin = 3 if t.name in ("llama-tied", "gemma2") else 1  # hardly other than their siblings
+    # hardly other than their siblings
+    thin = 3 if t.name in ("llama-tied", "gemma2", *MIXTURES) else 1
     requests += _site_requests(t, prompt)
     requests += _operator_requests(t, prompt)[::thin] + _order_requests(t, prompt)[::thin]
     return t, requests, [expected(t.oracle, r) for r in requests]
@@ -142,7 +145,7 @@ def _check_all(
 
 def test_all_sites_are_tried(suite: Any) -> None:
     t, requests, _ = suite
-    sites = set(t.model.topology.sites)
+    sites = {s for s in t.model.topology.sites if not s.kind.read_only}
     assert {r.edits[0].site for r in requests[1 : 1 + len(sites)]} == sites
 
 
@@ -153,7 +156,7 @@ def test_in_one_batch(suite: Any) -> None:
 
 def _third(t: Tiny, *lists: list[Any]) -> list[list[Any]]:
     """The first and a third of the rest; every third is some model's."""
-    start = 1 + list(CASES).index(t.name) % 3
+    start = 1 + [*CASES, *MIXTURES].index(t.name) % 3
     return [[x[0], *x[start::3]] for x in lists]
 
 
@@ -239,7 +242,7 @@ def test_an_edit_that_makes_no_sense(options: dict[str, Any], message: str) -> N
 
 #: what does not fit the model (llama: 3 blocks, n_embd 48, 6 heads and 2 key heads of 8; 12 tokens)
 MISFITS: list[tuple[dict[str, Any], type[UsageError], str]] = [
-    ({"site": "l_uot-1", "op": "zero"}, SiteError, "unknown site 'l_uot-1'; did you mean l_out"),
+    ({"site": "l_uot-1", "op": "zero"}, SiteError, "unknown site 'l_uot-1', did you mean l_out"),
     (
         {"site": "l_out-3", "op": "zero"},
         RangeError,
@@ -343,6 +346,122 @@ def test_a_model_driven_to_nan_says_so_and_recovers(llama: Tiny, n_predict: int)
         llama.model.run([Request(llama.prompt(40), wild, logits=logits, n_predict=n_predict)])
     request = Request(llama.prompt(5), captures=[Capture("resid_post")])
     check(llama.model.run([request])[0], request, llama.oracle)
+
+
+@pytest.mark.parametrize("size", [1, 1e-44, 1e-38, 1e-23, 1e-20, 1e18, 1e20, 1e37])
+@pytest.mark.parametrize("op", ["project_out", "project_out_add", "clamp", "cap"])
+@pytest.mark.parametrize("rows", [1, 12])
+def test_directions_of_any_length(llama: Tiny, size: float, op: str, rows: int) -> None:
+    """Squares of float32 above 1e19 or below 1e-22 are none."""
+    v = np.random.default_rng(1).standard_normal((rows, 48))
+    v = (v[0] if rows == 1 else v) * size
+    exact = np.asarray(v, np.float32).astype(np.float64)  # what float32 leaves of it
+    length = np.linalg.norm(exact, axis=-1, keepdims=True)
+    coeff = min(0.5 / length.ravel()[0], 1e38)  # c·|v| is about 0.5
+    edit = Edit("l_out-1", op, v, slice(None), coeff=1.0 if op == "project_out" else coeff)
+    request = Request(llama.prompt(N_TOKENS), [edit], [Capture("l_out-1")])
+    got = llama.model.run([request])[0]["l_out-1"].astype(np.float64)
+    h = llama.oracle.run(request.tokens)["resid_post.1"]
+    unit = exact / length
+    before, after = ((x * unit).sum(-1) for x in (h, got))
+    goal = (np.asarray(edit.coeff, np.float32).astype(np.float64) * length).ravel()
+    want = {
+        "project_out": before * 0,
+        "project_out_add": goal + before * 0,
+        "clamp": np.maximum(before, goal),
+        "cap": np.minimum(before, goal),
+    }[op]
+    np.testing.assert_allclose(after, want, rtol=1e-5, atol=1e-4)
+    rest, rest_before = got - after[:, None] * unit, h - before[:, None] * unit
+    np.testing.assert_allclose(rest, rest_before, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-23, 1e20, 1e37])
+def test_keep_norm_of_any_length(llama: Tiny, size: float) -> None:
+    value = np.random.default_rng(1).standard_normal(48) * size
+    edit = Edit("l_out-1", "replace", value, keep_norm=True)
+    request = Request(llama.prompt(N_TOKENS), [edit], [Capture("l_out-1")])
+    got = llama.model.run([request])[0]["l_out-1"]
+    norm = np.linalg.norm(llama.oracle.run(request.tokens)["resid_post.1"], axis=1)
+    exact = np.asarray(value, np.float32).astype(np.float64)
+    want = norm[:, None] * exact / np.linalg.norm(exact)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_mean_of_very_large_rows(llama: Tiny) -> None:
+    edit = Edit("l_out-1", "mean", np.full((3, 48), 2e38), tokens=0)
+    assert edit._value is not None
+    np.testing.assert_allclose(edit._value, 2e38, rtol=1e-6)
+
+
+def test_what_grows_too_large_is_an_error_and_no_warning(llama: Tiny) -> None:
+    v = np.full(48, 1e30)
+    for edit in (
+        Edit("l_out-1", "add", v, coeff=1e30),  # the control vector
+        Edit("l_out-1", "add", v, coeff=1e30, tokens=0),
+        Edit("l_out-1", "replace", v, coeff=1e30, tokens=0),
+        Edit("l_out-1", "scale", coeff=3e38),
+        Edit("l_out-1", "project_out_add", v, coeff=1e30),
+        Edit("l_out-1", "replace", v, coeff=1e30, keep_norm=True),
+    ):
+        for captures in ([], [Capture("l_out")]):
+            with pytest.raises(UsageError, match=r"resid_post.1 makes numbers that are not finite"):
+                llama.model.run([Request(llama.prompt(), [edit], captures)])
+
+
+@pytest.mark.parametrize("site", ["resid_post.1", "resid_mid.0", "attn_out.2", "mlp_norm.1", "v.0"])
+@pytest.mark.parametrize("size", [1e7, 1e16, 1e19, 1e24])
+def test_numbers_whose_norm_overflows_are_refused(case: Tiny, site: str, size: float) -> None:
+    """llama.cpp's norms would make zeros of them: logits that look like any others."""
+    request = Request(case.prompt(), [Edit(site, "scale", coeff=size)])
+    if size < (1e8 if "norm" in site else 1e17):
+        with np.errstate(over="ignore"):  # of silu's exp
+            want = case.oracle.run(request.tokens, {site: lambda x: x * size})["logits"][-1]
+        got = logits(case.model.run([request])[0])[0]
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(1, np.abs(want).max()))
+        return
+    with pytest.raises(UsageError, match="norms overflow, and zeros come out"):
+        case.model.run([request])
+    huge = Edit("resid_post.1", "add", np.full(48, 1e20))  # a control vector
+    with pytest.raises(UsageError, match=r"resid_post.1 makes numbers of 1e.20; above 1e.17"):
+        case.model.run([Request(case.prompt(), [huge])])
+
+
+@pytest.mark.parametrize("n_predict", [0, 2])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, 0.9, -0.9])
+def test_infinite_logits_are_refused(case: Tiny, n_predict: int, value: float) -> None:
+    """Only the final norm times the unembedding is too large: every hidden state is finite."""
+    rows = case.oracle.weights.get("output.weight", case.oracle.weights["token_embd.weight"])
+    row = np.sign(rows[5]).astype(np.float32) * np.sign(value)
+    size = 3e38 if np.isinf(value) else 3e38 * abs(value)
+    edit = Edit("final_norm", "replace", row, coeff=size)
+    request = Request(case.prompt(), [edit], logits=None if n_predict else "all")
+    with pytest.raises(EngineError, match=r"the logits are (infinite|not numbers)"):
+        case.model.run([replace(request, n_predict=n_predict)])
+    clean = Request(case.prompt(5))
+    check(case.model.run([clean])[0], clean, case.oracle)
+
+
+def test_an_edit_of_the_logits_leaves_a_token(llama: Tiny) -> None:
+    for wild in (lambda h: h * 0 - np.inf, lambda h: h * 0 + np.inf, lambda h: h * np.nan):
+        with pytest.raises(UsageError, match=r"no token to choose|at logits makes numbers"):
+            llama.model.run([Request(llama.prompt(), [Edit("logits", wild)], n_predict=2)])
+
+
+def test_a_capture_of_what_is_not_finite_is_refused(llama: Tiny, reopen: Any) -> None:
+    """Also if no logits are asked for; and nothing of it stays in the cache."""
+    half = reopen(llama, kv_type="f16")
+    wild = Edit("v.1", "scale", coeff=1e8)
+    request = Request(llama.prompt(40), [wild], [Capture("l_out-2")], logits=None)
+    with pytest.raises(EngineError, match=r"resid_post.2 has numbers .* f16 cache \(65504"):
+        half.model.run([request])
+    with pytest.raises(EngineError, match=r"not numbers \(NaN\): .* f16 cache \(65504"):
+        half.model.run([replace(request, captures=(), logits="last")])
+    # nobody looks at what came of it
+    half.model.run([replace(request, captures=[Capture("l_out-0")])])
+    result = half.model.run([Request(llama.prompt(5), captures=[Capture("l_out-0")])])[0]
+    want = llama.oracle.run(llama.prompt(5))["logits"][-1:]
+    np.testing.assert_allclose(logits(result), want, rtol=0, atol=0.1)
 
 
 def test_the_logits_may_be_minus_infinity(llama: Tiny) -> None:

@@ -1,6 +1,7 @@
 """Hooks: a subclass changes and reads what the oracle says it should."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tiny import Tiny, logits
 
 from mia import Hook
 from mia.errors import SiteError
-from mia.request import Request
+from mia.request import Capture, Request
 from mia.sites import Site
 
 
@@ -106,3 +107,22 @@ def test_tokens_may_be_all_again(llama: Tiny) -> None:
     changed = Halve(tokens=None).run(llama.model, [Request(prompt, logits="all")])[0]
     truth = llama.oracle.run(prompt, {"mlp_out.1": lambda x: x / 2})
     np.testing.assert_allclose(logits(changed), truth["logits"], atol=TOLERANCE)
+
+
+def test_a_hook_beside_a_capture_of_the_same_site(llama: Tiny) -> None:
+    """Each has the tokens that it asked for."""
+    seen: list[np.ndarray] = []
+
+    class Reads(Hook):
+        sites = "l_out-1"
+        tokens = -1
+
+        def read(self, index: int, at: Any) -> None:
+            seen.append(at[Site("resid_post", 1)])
+
+    own = Capture("l_out-1", tokens=[0, 2])
+    result = Reads().run(llama.model, [Request(llama.prompt(6), captures=[own])])[0]
+    want = llama.oracle.run(llama.prompt(6))["resid_post.1"]
+    np.testing.assert_allclose(seen[0], want[[5]], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(result.of(own)[Site("resid_post", 1)], want[[0, 2]], atol=1e-4)
+    np.testing.assert_allclose(result["l_out-1"], want[[0, 2, 5]], rtol=0, atol=1e-4)

@@ -114,11 +114,16 @@ def test_a_bare_name_is_one_site_in_a_model_of_one_block() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("l_outt-3", "unknown site 'l_outt-3'; did you mean l_out"),
+        ("l_outt-3", "unknown site 'l_outt-3', did you mean l_out"),
         ("resid_pst.3", r"did you mean resid_post or resid_pre"),
         ("blocks.3.hook_mlp_outt", r"did you mean blocks\.3\.hook_mlp_out"),
         ("blocks.9.hook_q", r"did you mean blocks\.9\.attn\.hook_q"),
-        ("l_out-x", "did you mean l_out"),
+        ("l_out-x", r"'x' is not a layer, a range like l_out-3\.\.7 or a list like l_out-1,4"),
+        ("resid_post.", r"'' is not a layer, a range like resid_post\.3\.\.7"),
+        ("Resid_Post.3", r"did you mean resid_post"),
+        ("MLP_OUT", r"did you mean mlp_out"),
+        ("blocks.3.hook_resid", r"did you mean blocks\.3\.hook_resid_\w+ or blocks\.3\.hook"),
+        ("kq_softmax", "did you mean kq_soft_max"),
         ("", "unknown site ''; known: embed, resid_pre, attn_norm"),
         ("zzz", "unknown site 'zzz'; known: embed, resid_pre"),
         ("embed.0", r"'embed\.0': embed has no layers"),
@@ -132,6 +137,15 @@ def test_a_bare_name_is_one_site_in_a_model_of_one_block() -> None:
 def test_unknown_sites_name_near_ones(text: str | Site, message: str) -> None:
     with pytest.raises(SiteError, match=message):
         parse(text, 5)
+
+
+@pytest.mark.parametrize("text", ["l_out-x", "embed-x", "blocks.1.hook_q", "Qcur-y", "q", "norm"])
+def test_what_was_typed_is_never_suggested(text: str) -> None:
+    typed = {text, text.split("-")[0], text.rpartition(".")[2]}
+    try:
+        parse_many(text, 5)
+    except SiteError as err:
+        assert not typed & {*str(err).partition("did you mean ")[2].strip("?").split(" or ")}
 
 
 @pytest.mark.parametrize(
@@ -205,4 +219,8 @@ def test_a_site_is_added_by_its_row_alone(tmp_path: Path, llama: Tiny) -> None:
         "layers": [0, 2],
         "node": "ffn_gate-0",
         "about": "before the SiLU",
+        "found": "structure",
+        "in": "0-2",
+        "checked": "nothing about it could be tested in layers 0..2",
+        "note": "",
     }

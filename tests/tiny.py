@@ -21,6 +21,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2-window": ("gemma2", {"window": 4}),
     "gpt2": ("gpt2", {}),
 }
+#: mixtures of experts
+MIXTURES = ("mixtral", "qwen2moe", "dots1")
 
 
 @dataclass(frozen=True)

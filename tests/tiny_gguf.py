@@ -1,4 +1,4 @@
-"""Tiny random GGUF models of five architectures, for tests that must run in milliseconds.
+"""Tiny random GGUF models of five architectures and three mixtures of experts, for tests that must run in milliseconds.
 
 Every norm weight is random (around 1; less in gemma2's post-norms) and so is every bias, so that
 a missed one shows. Sizes and scales are chosen so that activations are O(1), logits are a few
@@ -14,14 +14,27 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from tiny_vocabulary import SPECIALS, gpt2_vocabulary
 
 N_CTX_TRAIN = 256
-SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2; 0 is BOS and EOS
-# Each is one token with a space in front, as is each of its prefixes (" th"); so is a plain "The".
-WORDS = """
-    the and of to in is cat dog sat on mat red blue sky yes no
-    The Paris France Rome Italy capital
-"""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What sets one mixture's choice of experts apart. `n_expert` experts of `n_ff` each."""
+
+    n_expert: int
+    n_used: int
+    n_ff: int = 24
+    shared: bool = False  # an expert of the same size that every token uses
+    shared_gate: bool = False  # its output is multiplied by a sigmoid of its own
+    sigmoid: bool = False  # scores are sigmoids of the router's logits; else a softmax of all
+    bias: bool = False  # what the choice compares has a bias
+    n_group: int = 0  # groups of experts; the choice is among the best `n_group_used`
+    n_group_used: int = 0
+    norm: bool = False  # in the file: divide weights by their sum
+    scale: float = 0.0  # in the file: weights are multiplied by it
+    n_dense: int = 0  # so many blocks at the start have a plain MLP
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,9 @@ class Arch:
     embd_scale: float = 0.5  # standard deviation of an entry of the token table
     mlp_gain: float = 1.0  # how much larger than its input the output of an MLP matrix is
     mlp_post_norm: float = 0.0  # centre of the weights of the norm after the MLP
+    file_arch: str | None = None  # the architecture that the file names, if it is another
+    qk_norm: bool = False  # dots1: each query and key head is normed before rotation
+    experts: Experts | None = None
 
 
 ARCHS = {
@@ -48,6 +64,24 @@ ARCHS = {
     ),
     "gpt2": Arch(n_head_kv=None, classic=True, mlp_gain=0.12),
     "mamba": Arch(state_space=True),
+    "mixtral": Arch(file_arch="llama", experts=Experts(6, 2, n_ff=80)),
+    "qwen2moe": Arch(qkv_bias=True, experts=Experts(8, 3, shared=True, shared_gate=True)),
+    "dots1": Arch(
+        n_head_kv=None,
+        qk_norm=True,
+        experts=Experts(
+            8,
+            3,
+            shared=True,
+            sigmoid=True,
+            bias=True,
+            n_group=4,
+            n_group_used=2,
+            norm=True,
+            scale=1.5,
+            n_dense=1,
+        ),
+    ),
 }
 # Mamba's sizes in the words of Gu & Dao 2023; its inner width is 2 n_embd
 D_CONV, D_STATE, DT_RANK = 4, 4, 3
@@ -83,7 +117,8 @@ def write_tiny(
 
     Args:
         path: the file to write.
-        arch: "llama", "qwen2", "gemma2", "gpt2" or "mamba" (F32 only).
+        arch: "llama", "qwen2", "gemma2", "gpt2" or "mamba" (F32 only); of experts "mixtral",
+            "qwen2moe" or "dots1".
         seed: the same seed and arguments give the same bytes.
         n_layer: number of blocks.
         tied: leave out the output matrix, so that the token table unembeds too
@@ -99,10 +134,10 @@ def write_tiny(
     path = Path(path)
     kind = ARCHS[arch]
     quant = gguf.GGMLQuantizationType[qtype]
-    tokens, merges = (_spm_vocabulary(), []) if spm else _vocabulary()
+    tokens, merges = (_spm_vocabulary(), []) if spm else gpt2_vocabulary()
     dims = _dims(kind, n_layer, len(tokens), wide=gguf.GGML_QUANT_SIZES[quant][0] > 1)
 
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, kind.file_arch or arch)
     _add_hyperparameters(writer, kind, dims, window)
     if spm:
         _add_spm_tokenizer(writer, tokens)
@@ -112,7 +147,8 @@ def write_tiny(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     rng = np.random.default_rng(seed)
     for name, x in _tensors(kind, dims, tied=tied or kind.post_norm, rng=rng).items():
-        stored = quant if x.ndim == 2 and name != "position_embd.weight" else None
+        plain = name == "position_embd.weight" or "ffn_gate_inp" in name
+        stored = quant if x.ndim == 2 and not plain else None
         data = gguf.quants.quantize(x, stored) if stored else x
         writer.add_tensor(name, data, raw_dtype=stored)
     writer.write_header_to_file()
@@ -156,10 +192,33 @@ def _add_hyperparameters(w: gguf.GGUFWriter, kind: Arch, dims: Dims, window: int
     if dims.head_dim * dims.n_head != dims.n_embd:
         w.add_key_length(dims.head_dim)
         w.add_value_length(dims.head_dim)
+    if kind.experts is not None:
+        _add_expert_hyperparameters(w, kind.experts)
     if kind.post_norm:
         w.add_attn_logit_softcapping(3.0)
         w.add_final_logit_softcapping(6.0)
         w.add_sliding_window(window)
+
+
+def _add_expert_hyperparameters(w: gguf.GGUFWriter, experts: Experts) -> None:
+    w.add_expert_count(experts.n_expert)
+    w.add_expert_used_count(experts.n_used)
+    w.add_expert_feed_forward_length(experts.n_ff)
+    if experts.shared_gate:
+        w.add_expert_shared_feed_forward_length(experts.n_ff)
+    elif experts.shared:
+        w.add_expert_shared_count(1)
+    if experts.sigmoid:
+        w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if experts.n_group:
+        w.add_expert_group_count(experts.n_group)
+        w.add_expert_group_used_count(experts.n_group_used)
+    if experts.norm:
+        w.add_expert_weights_norm(True)
+    if experts.scale:
+        w.add_expert_weights_scale(experts.scale)
+    if experts.n_dense:
+        w.add_leading_dense_block_count(experts.n_dense)
 
 
 def _add_tokenizer(
@@ -233,6 +292,12 @@ def _tensors(
             draw.linear(f"{blk}.attn_v", kv, embd, bias=kind.qkv_bias)
         draw.linear(f"{blk}.attn_output", embd, q, bias=kind.classic)
         draw.norm(f"{blk}.ffn_norm", embd)
+        if kind.qk_norm:
+            draw.norm(f"{blk}.attn_q_norm", kind.head_dim)
+            draw.norm(f"{blk}.attn_k_norm", kind.head_dim)
+        if kind.experts is not None and i >= kind.experts.n_dense:
+            draw.experts(blk, embd, kind.experts)
+            continue
         if not kind.classic:
             draw.linear(f"{blk}.ffn_gate", ff, embd, gain=kind.mlp_gain)
         draw.linear(f"{blk}.ffn_up", ff, embd, gain=kind.mlp_gain, bias=kind.classic)
@@ -270,6 +335,21 @@ class _Draw:
         if bias:
             self.normal(f"{name}.bias", n_out, scale=0.2)
 
+    def experts(self, blk: str, embd: int, of: Experts) -> None:
+        n, ff = of.n_expert, of.n_ff
+        # far from even: the choices of two tokens differ, and no two scores are close
+        self.linear(f"{blk}.ffn_gate_inp", n, embd, gain=2.0)
+        if of.bias:
+            self.normal(f"{blk}.exp_probs_b.bias", n, scale=0.3)
+        self.normal(f"{blk}.ffn_gate_exps.weight", n, ff, embd, scale=embd**-0.5)
+        self.normal(f"{blk}.ffn_up_exps.weight", n, ff, embd, scale=embd**-0.5)
+        self.normal(f"{blk}.ffn_down_exps.weight", n, embd, ff, scale=2 * ff**-0.5)
+        if of.shared:
+            for part, n_out, n_in in (("gate", ff, embd), ("up", ff, embd), ("down", embd, ff)):
+                self.linear(f"{blk}.ffn_{part}_shexp", n_out, n_in)
+        if of.shared_gate:
+            self.normal(f"{blk}.ffn_gate_inp_shexp.weight", embd, scale=embd**-0.5)
+
     def state_space(self, blk: str, embd: int) -> None:
         inner = 2 * embd
         self.linear(f"{blk}.ssm_in", 2 * inner, embd)
@@ -281,26 +361,3 @@ class _Draw:
         self.tensors[f"{blk}.ssm_a"] = np.minimum(self.tensors[f"{blk}.ssm_a"], -0.1)
         self.normal(f"{blk}.ssm_d", inner, scale=0.2, centre=1.0)
         self.linear(f"{blk}.ssm_out", embd, inner)
-
-
-def _vocabulary() -> tuple[list[str], list[str]]:
-    """Return (tokens, merges): special tokens, the 256 bytes, and WORDS grown by letters."""
-    letters = _byte_letters()
-    tokens = [*SPECIALS, *letters]
-    merges: list[str] = []
-    for word in [*(f" {word}" for word in WORDS.split()), "The"]:
-        chars = [letters[byte] for byte in word.encode()]
-        for end in range(2, len(chars) + 1):
-            left, right = "".join(chars[: end - 1]), chars[end - 1]
-            if left + right not in tokens:
-                tokens.append(left + right)
-                merges.append(f"{left} {right}")
-    return tokens, merges
-
-
-def _byte_letters() -> list[str]:
-    """Return GPT-2's printable letter for each of the 256 bytes (a space is `Ġ`)."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)}
-    printable |= set(range(ord("®"), ord("ÿ") + 1))
-    spare = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]

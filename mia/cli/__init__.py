@@ -3,7 +3,6 @@ call the library, and print. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -13,6 +12,7 @@ from mia.cli import (
     attention,
     attribute,
     caa,
+    experts,
     function_vector,
     heads,
     iti,
@@ -26,12 +26,14 @@ from mia.cli import (
     tools,
     vector,
 )
+from mia.cli._root import Root
+from mia.show.streams import prepare, write_data
 
 app = typer.Typer(
     name="mia",
+    cls=Root,
     help="Look inside quantized language models while llama.cpp runs them, and change what happens there.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -41,7 +43,7 @@ def _version(asked: bool) -> None:
     if asked:
         from mia import __version__
 
-        print(f"mia {__version__}")
+        write_data(f"mia {__version__}")
         raise typer.Exit
 
 
@@ -59,6 +61,7 @@ for group in (
     run,
     attention,
     heads,
+    experts,
     attribute,
     steer,
     vector,
@@ -76,9 +79,6 @@ for group in (
 
 
 def main() -> None:
-    """Entry point. Errors that mia raises on purpose are one line and exit code 1 (see `command`)."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        print("mia: stopped", file=sys.stderr)
-        sys.exit(130)
+    """Entry point (see `Root` for how it ends)."""
+    prepare()
+    app()

@@ -2,7 +2,7 @@
 
 A command is a function that parses its options, calls the library once, and returns a `Report`.
 `command` unfolds its dataclasses of options, adds `--json`, `-o`, `-q` and `--plot`, shows the
-report, and turns mia's errors into one line and its notices into lines on stderr.
+report, and turns mia's notices into lines on stderr (`mia.cli._root` its errors).
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 import typer.core
 
-from mia.errors import MiaError, UsageError
+from mia.errors import UsageError
+from mia.names import completion
+from mia.show.streams import on_terminal, say, write_data, write_document, write_table
+from mia.show.text import safe
 
 if TYPE_CHECKING:
     from mia.show.report import Report
@@ -31,10 +33,22 @@ _SEVERAL = {"--patch": 4, "--save": 2}
 #: and one whose first word tells how many there are
 _BY_FIRST = {"--ablate-with": {"mean": 2, "resample-from": 2}}
 _JOINT = "\x1f"
+#: the parameters that the command line of the running command has
+_GIVEN: set[str] = set()
 
 
 class _Command(typer.core.TyperCommand):
-    """Joins the words of such an option into one, which `split_words` takes apart."""
+    """Joins the words of such an option into one, which `split_words` takes apart, and keeps what
+    a run reads for its document."""
+
+    #: the options of output that the command does not see
+    output: tuple[str, ...] = ()
+
+    def invoke(self, ctx: Any) -> Any:
+        from mia.methods.rerun import recorded
+
+        with recorded(ctx):
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         out: list[str] = []
@@ -45,13 +59,20 @@ class _Command(typer.core.TyperCommand):
             n = _SEVERAL.get(word)
             if word in _BY_FIRST and rest:
                 n = _BY_FIRST[word].get(rest[0], 1)
+            name, equals, _ = word.partition("=")
+            if equals and name in _SEVERAL and any(name in p.opts for p in self.params):
+                print(f"mia: {name} expects {_SEVERAL[name]} values after it", file=sys.stderr)
+                raise typer.Exit(2)
             if n is not None and any(word in p.opts for p in self.params):
                 values, rest = rest[:n], rest[n:]
                 if len(values) < n:
-                    print(f"mia: {word} expects {n} values, got {len(values)}", file=sys.stderr)
-                    raise typer.Exit(2)
+                    ctx.fail(f"{word} expects {n} values, got {len(values)}")
                 out.append(_JOINT.join(values))
-        return super().parse_args(ctx, out)
+        rest = super().parse_args(ctx, out)
+        sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+        _GIVEN.clear()
+        _GIVEN.update(n for n, s in sources.items() if s is not None and s.name == "COMMANDLINE")
+        return rest
 
 
 def split_words(values: Sequence[str] | None) -> list[list[str]]:
@@ -59,13 +80,16 @@ def split_words(values: Sequence[str] | None) -> list[list[str]]:
     return [v.split(_JOINT) for v in values or []]
 
 
-def refuse(context: typer.Context, names: Sequence[str], reason: str) -> None:
+def given(name: str) -> bool:
+    """Whether the running command has this option on its command line."""
+    return name in _GIVEN
+
+
+def refuse(names: Sequence[str], reason: str) -> None:
     """Raises `UsageError` if one of these options is on the command line, where it would do
     nothing."""
-    for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise UsageError(f"--{name.replace('_', '-')} {reason}")
+    for name in filter(given, names):
+        raise UsageError(f"--{name.replace('_', '-')} {reason}")
 
 
 def option(*names: str, help: str, panel: str | None = None, **more: Any) -> Any:
@@ -80,37 +104,20 @@ OutOption = Annotated[
 ]
 
 
-@dataclass
-class _Json:
-    json: JsonOption = False
+def _plot_option(help: str) -> Any:
+    return Annotated[str | None, option("--plot", help=help, panel=OUTPUT)]
 
 
-@dataclass
-class _Quiet:
-    quiet: QuietOption = False
+def _group(name: str, kind: Any, default: Any = None) -> type:
+    return make_dataclass(f"_{name}", [(name, kind, field(default=default))])
 
 
-@dataclass
-class _Out:
-    out: OutOption = None
-
-
-@dataclass
-class _Plot:
-    plot: Annotated[
-        str | None,
-        option("--plot", help="Draw the result: .png, .svg or .pdf.", panel=OUTPUT),
-    ] = None
-
-
-@dataclass
-class _PlotOrPage:
-    plot: Annotated[
-        str | None,
-        option(
-            "--plot", help="Draw the result: .png, .svg, .pdf, or a page (.html).", panel=OUTPUT
-        ),
-    ] = None
+_JSON, _QUIET = _group("json", JsonOption, False), _group("quiet", QuietOption, False)
+_OUT, _PLOT, _PLOT_OR_PAGE = (
+    _group("out", OutOption),
+    _group("plot", _plot_option("Draw the result: .png, .svg or .pdf.")),
+    _group("plot", _plot_option("Draw the result: .png, .svg, .pdf, or a page (.html).")),
+)
 
 
 def command(
@@ -136,17 +143,18 @@ def command(
     def register(function: Callable[..., Report | None]) -> Callable[..., Report | None]:
         hints = get_type_hints(function, include_extras=True)
         signature = inspect.signature(function).parameters
+        file = function.__module__.rpartition(".")[2]
         groups = {n: hints[n] for n in signature if is_dataclass(hints[n])}
         own = [
             p.replace(annotation=hints[n], kind=inspect.Parameter.KEYWORD_ONLY)
             for n, p in signature.items()
             if n not in groups
         ]
-        output: list[type] = [_Json, _Quiet]
+        output: list[type] = [_JSON, _QUIET]
         if "out" not in signature:
-            output.insert(1, _Out)
+            output.insert(1, _OUT)
         if (plot or page) and "plot" not in signature:
-            output.append(_PlotOrPage if page else _Plot)
+            output.append(_PLOT_OR_PAGE if page else _PLOT)
         required = [p for p in own if p.default is inspect.Parameter.empty]
         optional = [p for p in own if p.default is not inspect.Parameter.empty]
         for group in (*groups.values(), *output):
@@ -163,11 +171,15 @@ def command(
             deliver(lambda: function(**values), output, page=page, hint=hint)
 
         parameters = [*required, *optional]
+        for p in parameters:
+            for info in getattr(p.annotation, "__metadata__", ()):
+                info.autocompletion = completion(file, p.name)
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters}
         del call.__wrapped__  # typer would look through to the dataclasses
         about = _joined(inspect.getdoc(function) or "")
-        app.command(name, cls=_Command, help=about, rich_help_panel=panel, epilog=epilog(examples))(
+        kind = type("Command", (_Command,), {"output": tuple(names)})
+        app.command(name, cls=kind, help=about, rich_help_panel=panel, epilog=epilog(examples))(
             call
         )
         return function
@@ -207,52 +219,53 @@ def deliver(
     page: bool = False,
     hint: str | None = None,
 ) -> None:
-    """Makes a report, and writes or shows it; errors and notices are lines on stderr.
+    """Makes a report, and writes or shows it; notices are lines on stderr.
 
     Args:
         output: the values of the options of output.
         page: a picture may be an .html page.
         hint: a notice after the report was shown to a person.
     """
+    from mia.methods.rerun import replayed
     from mia.notices import notice
 
-    with one_line_errors(), _library_messages(quiet=output["quiet"]):
+    if (reports := replayed.get()) is not None:
+        reports.append(make())
+        return
+    with _library_messages(quiet=output["quiet"]):
         _check_output(output, page)
         report = make()
         if report is not None:
             _write_or_show(report, output)
             if hint is not None and not output["json"] and not output.get("out"):
                 notice(hint)
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What mia raises on purpose is one line on stderr, and exit code 1."""
-    try:
-        yield
-    except MiaError as err:
-        print(f"mia: {err}", file=sys.stderr)
-        raise typer.Exit(1) from err
+            if report.failed:
+                raise typer.Exit(1)
 
 
 @contextlib.contextmanager
 def _library_messages(*, quiet: bool) -> Iterator[None]:
     """The library's notices as lines on stderr, its progress as bars where that is a terminal."""
-    from mia.notices import MiaWarning
+    from mia.notices import MiaWarning, MissingBos
     from mia.progress import show_progress
 
-    show_progress(not quiet and sys.stderr.isatty())
+    show_progress(not quiet and sys.stderr is not None and sys.stderr.isatty())
     with contextlib.ExitStack() as stack:
         stack.callback(show_progress, False)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore" if quiet else "always", MiaWarning)
         other = warnings.showwarning
+        told: set[str] = set()
 
         def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
             if issubclass(category, MiaWarning):
-                print(f"mia: {message}", file=sys.stderr)
+                key = category.__name__ if category is MissingBos else str(message)
+                if key in told:
+                    return
+                told.add(key)
+                say(str(message))
             else:
-                other(message, category, *where)
+                other(safe(str(message), "\n"), category, *where)
 
         warnings.showwarning = show  # type: ignore[assignment]
         yield
@@ -272,16 +285,24 @@ def _check_output(output: dict[str, Any], page: bool) -> None:
 
 def _write_or_show(report: Report, output: dict[str, Any]) -> None:
     """Writes the report to the requested files; without --json or -o, prints it."""
+    from mia.io import runs
+    from mia.io.files import write_json
     from mia.notices import notice
+    from mia.show.report import Report as Plain
 
+    run = runs.current()
+    entry = {} if run is None else {"run": run.document()}
     if (picture := output.get("plot")) is not None:
         report.plot(picture)
         notice(f"wrote {picture}")
     if (out := output.get("out")) is not None:
-        report.save(out)
+        if type(report).save is Plain.save or out.endswith(".json"):
+            write_json(out, {**report.document(), **entry})
+        else:  # a file of its own kind
+            report.save(out)
         notice(f"wrote {out}")
     if output["json"]:
-        print(json.dumps(report.document(), ensure_ascii=False))
+        write_document({**report.document(), **entry})
     elif out is None:
         show(report)
 
@@ -289,13 +310,6 @@ def _write_or_show(report: Report, output: dict[str, Any]) -> None:
 def show(report: Report) -> None:
     """A table on a terminal, plain lines elsewhere."""
     if on_terminal():
-        from rich.console import Console
-
-        console = Console(highlight=False, markup=False)
-        console.print(report.table(console.width))
+        write_table(report.table)
     else:
-        print(report.plain())
-
-
-def on_terminal() -> bool:
-    return sys.stdout.isatty()
+        write_data(report.plain())

@@ -46,6 +46,14 @@ class PromptOptions:
         str | None,
         option("-f", "--file", help="Read the prompt from a file, - for stdin.", panel=PROMPT),
     ] = None
+    keep_newline: Annotated[
+        bool,
+        option(
+            "--keep-newline",
+            help="Keep the newline at the end of the file; one is removed otherwise, as shells do.",
+            panel=PROMPT,
+        ),
+    ] = False
     bos: Annotated[
         bool | None,
         option(
@@ -156,6 +164,26 @@ class ChangeOptions:
     ablate_seed: Annotated[
         int, option("--ablate-seed", help="Seed of resampling.", panel=CHANGES, min=0)
     ] = 0
+    ablate_experts: Annotated[
+        str | None,
+        option(
+            "--ablate-experts",
+            help="Experts that the router may not choose, as LAYER.EXPERT: 3.5,4.0-7.",
+            panel=CHANGES,
+        ),
+    ] = None
+    zero_experts: Annotated[
+        str | None,
+        option(
+            "--zero-experts",
+            help="Experts that are chosen as before, but add nothing.",
+            panel=CHANGES,
+        ),
+    ] = None
+    force_experts: Annotated[
+        str | None,
+        option("--force-experts", help="Experts that every token chooses.", panel=CHANGES),
+    ] = None
     block: Annotated[
         list[str] | None,
         option(

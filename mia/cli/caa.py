@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mia.cli._build import open_model
+from mia.cli._build import check_layer_zero, open_model
 from mia.cli._command import command
 from mia.cli._groups import (
     BosOption,
@@ -68,6 +68,7 @@ def train(
     from mia.methods import caa
     from mia.vectors import check_file
 
+    check_layer_zero(layer_zero, out)
     files = caa.vector_files(out, data)
     if equal_norm and len(data) < 2:
         raise UsageError("--equal-norm needs at least two behaviours")

@@ -122,7 +122,6 @@ def train(
 
 
 def evaluate(
-    context: typer.Context,
     model: ModelOptions,
     task: TaskOptions,
     tasks: TasksArgument,
@@ -144,7 +143,7 @@ def evaluate(
 
     if vector is not None:
         new = ("n_heads", "prompts", "effect_prompts")
-        refuse(context, new, "is for a new vector; it does not go with --vector")
+        refuse(new, "is for a new vector; it does not go with --vector")
     loaded = load_many(tasks)
     with open_model(model) as m:
         how: FunctionVectorTraining | SavedFunctionVector

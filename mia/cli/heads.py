@@ -49,7 +49,6 @@ def register(app: typer.Typer) -> None:
 
 
 def heads(
-    context: typer.Context,
     model: ModelOptions,
     prompt: PromptOptions,
     change: ChangeOptions,
@@ -91,9 +90,11 @@ def heads(
     if ablate_top and repeat_random is None:
         raise UsageError("--ablate-top needs --repeat-random N: the loss is that of copying")
     if repeat_random is None:
-        refuse(context, ("prompts", "seed"), "needs --repeat-random N")
+        refuse(("prompts", "seed"), "needs --repeat-random N")
+    else:
+        refuse(("chat", "keep_newline"), "needs a prompt (-p, -f)")
     if not ablate_top:
-        refuse(context, ("draws",), "needs --ablate-top K")
+        refuse(("draws",), "needs --ablate-top K")
     changed = changes(change)
     with open_model(model) as m:
         text: list[int] | method.RandomRepeats

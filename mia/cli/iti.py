@@ -67,7 +67,6 @@ def train(
 
 
 def evaluate(
-    context: typer.Context,
     model: ModelOptions,
     vector: Annotated[str, typer.Argument(help="A vector file that mia iti train wrote.")],
     data: DataArgument,
@@ -91,7 +90,7 @@ def evaluate(
     from mia.ranges import parse_numbers
 
     if not generate:
-        refuse(context, ("n_predict",), "needs --generate N")
+        refuse(("n_predict",), "needs --generate N")
     alphas = parse_numbers(alpha, "--alpha")
     questions = select_questions(data, items)
     with open_model(model) as m:

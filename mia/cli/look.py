@@ -46,12 +46,12 @@ def register(app: typer.Typer) -> None:
 def tokens(model: ModelOptions, prompt: PromptOptions) -> Report:
     """Index, id and text of every token of a prompt, and whether the prompt starts with a BOS."""
     from mia.methods import overview
-    from mia.notices import notice
+    from mia.notices import MissingBos, notice
 
     with open_model(model) as m:
         report = overview.tokens(m, prompt_ids(m, prompt))
-        if not report.bos and m.bos_token >= 0:
-            notice(f"no BOS in front; --bos puts {m.piece(m.bos_token)} there")
+        if prompt.bos is None and not report.bos and m.bos_token >= 0:
+            notice(f"no BOS in front; --bos puts {m.piece(m.bos_token)} there", MissingBos)
         return report
 
 

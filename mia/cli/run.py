@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mia.cli._build import changes, open_model, prompt_ids, sampling
-from mia.cli._command import OUTPUT, command, refuse, split_words
+from mia.cli._command import OUTPUT, command, given, refuse, split_words
 from mia.cli._groups import (
     BaselineOption,
     ChangeOptions,
@@ -67,10 +67,13 @@ def run(
         saves = [(Capture(today(site)), file) for site, file in split_words(save)]
         for _, file in saves:
             check_writable(file)
+        edits = changed.edits(m, ids)
+        if not edits and given("baseline"):
+            notice("nothing is changed, so that there is one run with or without --baseline")
         report = m.generate(
             ids,
             generation.n_predict,
-            edits=changed.edits(m, ids),
+            edits=edits,
             captures=[capture for capture, _ in saves],
             sampling=sampling(generation),
             baseline=baseline,
@@ -82,7 +85,6 @@ def run(
 
 
 def patch(
-    context: typer.Context,
     model: ModelOptions,
     prompt: PromptOptions,
     generation: GenerationOptions,
@@ -111,7 +113,7 @@ def patch(
     if not files and not subtract_token:
         raise UsageError("give a file of activations (mia save makes one), or --subtract-token")
     if not files:
-        refuse(context, ("from_token_idx",), "needs a file of activations")
+        refuse(("from_token_idx",), "needs a file of activations")
     changed = changes(change, patched=bool(files))
     with open_model(model) as m:
         ids = prompt_ids(m, prompt)

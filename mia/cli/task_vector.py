@@ -87,7 +87,6 @@ def train(
 
 
 def evaluate(
-    context: typer.Context,
     model: ModelOptions,
     task: TaskOptions,
     tasks: TasksArgument,
@@ -110,7 +109,7 @@ def evaluate(
     if vector is not None and repeats > 1:
         raise UsageError("--repeats trains a vector for each split; it does not go with --vector")
     if vector is not None:
-        refuse(context, ("sets", "dummies"), "is for a new vector; it does not go with --vector")
+        refuse(("sets", "dummies"), "is for a new vector; it does not go with --vector")
     loaded = load_many(tasks)
     with open_model(model) as m:
         how: TaskVectorTraining | SavedTaskVector

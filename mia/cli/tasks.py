@@ -24,7 +24,6 @@ def register(app: typer.Typer) -> None:
 
 
 def tasks(
-    context: typer.Context,
     name: Annotated[
         str | None, typer.Argument(help="Show this one: a name, or a .json or .jsonl file.")
     ] = None,
@@ -42,7 +41,7 @@ def tasks(
     from mia.methods import tasks as method
 
     if not show_prompt:
-        refuse(context, ("shots", "format", "seed"), "needs --show-prompt")
+        refuse(("shots", "format", "seed"), "needs --show-prompt")
     if name is None:
         if show_prompt:
             raise UsageError(

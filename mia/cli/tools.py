@@ -1,4 +1,4 @@
-"""Commands about the installation: models, doctor, demo."""
+"""Commands about the installation and its results: models, doctor, replay, demo."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ from typing import Annotated
 
 import typer
 
-from mia.cli._build import open_model
-from mia.cli._command import JsonOption, OutOption, QuietOption, command, deliver, epilog
-from mia.cli._groups import ModelOptions
+from mia.cli._command import (
+    JsonOption,
+    OutOption,
+    QuietOption,
+    command,
+    deliver,
+    epilog,
+    option,
+)
+from mia.cli._groups import MODEL, ModelOptions
+from mia.errors import UsageError
 from mia.show.report import Report
 
 PANEL = "Installation"
@@ -24,7 +32,15 @@ def register(app: typer.Typer) -> None:
     command(group, "pull", examples=["mia models pull qwen  # of models.example.toml"])(pull)
     command(group, "convert", examples=["mia models convert smollm2 f32 smollm2-f32.gguf"])(convert)
     app.add_typer(group, name="models", rich_help_panel=PANEL)
-    command(app, "doctor", panel=PANEL, examples=["mia doctor", "mia doctor -m model.gguf"])(doctor)
+    command(app, "doctor", panel=PANEL, examples=["mia doctor", "mia doctor model.gguf"])(doctor)
+    command(
+        app,
+        "replay",
+        panel=PANEL,
+        examples=[
+            "mia run -p 'The capital of France is' --bos -o paris.json && mia replay paris.json"
+        ],
+    )(replay)
     hint = "next: mia logit-lens l_out -p 'The capital of France is' --bos"
     command(app, "demo", panel=PANEL, examples=["mia demo"], hint=hint)(demo)
 
@@ -35,10 +51,14 @@ def models(
     out: OutOption = None,
     quiet: QuietOption = False,
 ) -> None:
+    from mia.methods.rerun import recorded
     from mia.models import reports
 
     if ctx.invoked_subcommand is None:
-        deliver(reports.models, {"json": json, "out": out, "quiet": quiet})
+        with recorded(ctx):
+            deliver(reports.models, {"json": json, "out": out, "quiet": quiet})
+    elif json or out or quiet:
+        raise UsageError(f"options of mia models {ctx.invoked_subcommand} stand behind its name")
 
 
 def pull(
@@ -61,12 +81,50 @@ def convert(
     return reports.convert(model, kind, file)
 
 
-def doctor(model: ModelOptions) -> Report:
-    """What llama.cpp can do on this machine, and what would make it faster or safer."""
+def doctor(
+    model: ModelOptions,
+    file: Annotated[str | None, typer.Argument(help="A .gguf file, in place of -m.")] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Also time whether extra weight buffers are faster.")
+    ] = False,
+) -> Report:
+    """Whether what mia says on this machine and of this model can be trusted: ok, warn or fail."""
     from mia.models import doctor as method
 
-    with open_model(model) as m:
-        return method.doctor(m)
+    o = model
+    opening = {"ctx": o.ctx, "threads": o.threads, "gpu_layers": o.gpu_layers}
+    return method.doctor(file or o.model, speed=speed, **opening)
+
+
+def replay(
+    file: Annotated[str, typer.Argument(help="A result (-o or --json of a command).")],
+    model: Annotated[
+        str | None,
+        option(
+            "-m",
+            "--model",
+            help="A .gguf file, or a name (mia models); default: the result's.",
+            panel=MODEL,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            help="How far numbers may be off, relative above 1; default: 0 on the same build and "
+            "machine, elsewhere the noise of the model's weights.",
+            min=0,
+        ),
+    ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Import the functions (module:function) that it names."),
+    ] = False,
+) -> Report:
+    """Make a saved result again and compare: exit code 1 if it differs. Nothing is written."""
+    from mia.methods import replay as method
+
+    return method.replay(file, model=model, tolerance=tolerance, trust=trust)
 
 
 def demo() -> Report:

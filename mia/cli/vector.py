@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mia.cli._build import open_model
-from mia.cli._command import command
+from mia.cli._build import check_layer_zero, open_model
+from mia.cli._command import command, refuse
 from mia.cli._groups import (
     BosOption,
     LayersOption,
@@ -81,6 +81,7 @@ def train(
     from mia.sites import split_spelling
     from mia.vectors import check_file
 
+    check_layer_zero(layer_zero, out)
     check_file(out, split_spelling(site)[0])
     contrast.aggregator(method)
     contrast.check_read(read)
@@ -116,6 +117,7 @@ def show(
     from mia.vectors.report import inspect
 
     if not top_k:
+        refuse(("model", "gpu_layers", "ctx"), "needs a model, and -k 0 opens none")
         return inspect(file)
     with open_model(model) as m:
         return inspect(file, m, k=top_k)
@@ -131,6 +133,7 @@ def combine(
     from mia.vectors.expression import read
     from mia.vectors.report import VectorReport
 
+    check_layer_zero(layer_zero, out)
     vector = read(expression)
     return VectorReport(vector.unit() if unit else vector).write(out, layer_zero=layer_zero)
 
@@ -144,4 +147,5 @@ def convert(
     from mia.vectors import load
     from mia.vectors.report import VectorReport
 
+    check_layer_zero(layer_zero, out)
     return VectorReport(load(file)).write(out, layer_zero=layer_zero)

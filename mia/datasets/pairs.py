@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,13 @@ def _pair(row: Any, where: str) -> ContrastPair:
         if not isinstance(text, str) or not text:
             raise FileError(f"{where}: there is no text {key!r}")
         texts.append(text)
-    reads = []
+    reads: list[int | None] = []
     for key in ("read_positive", "read_negative"):
         value = row.get(key)
-        try:
-            reads.append(None if value in (None, "") else int(value))
-        except (TypeError, ValueError):
-            raise FileError(f"{where}: {key} is {value!r}, not a token index") from None
+        if value in (None, ""):
+            reads.append(None)
+        elif isinstance(value, bool) or not re.fullmatch(r" *-?[0-9]{1,9} *", str(value)):
+            raise FileError(f"{where}: {key} is {value!r:.60}, not a token index")
+        else:
+            reads.append(int(value))
     return ContrastPair(texts[0], texts[1], *reads)

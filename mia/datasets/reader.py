@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from mia.io.files import read_utf8
 
 #: (where in the file, the record); error messages name the place
 Record = tuple[str, Any]
+#: half a character as JSON can spell it; whole ones are two halves
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_records(path: Path, label: str = "") -> list[Record]:
@@ -23,10 +26,16 @@ def read_records(path: Path, label: str = "") -> list[Record]:
         label: what an error calls the file; its path by default.
 
     Raises:
-        FileError: the file cannot be read, or a line is not JSON.
+        FileError: the file cannot be read, a line is not JSON, or a text in it is not Unicode.
     """
     text = read_utf8(path, label)
-    return _csv(text, path) if path.suffix.lower() == ".csv" else _json(text, path)
+    if path.suffix.lower() == ".csv":
+        return _csv(text, path)
+    records = _json(text, path)
+    if _HALF.search(text):
+        for where, record in records:
+            _check_unicode(record, f"{path}, {where}")
+    return records
 
 
 def lines_of(text: str) -> dict[int, str]:
@@ -40,6 +49,8 @@ def _json(text: str, path: Path) -> list[Record]:
     lines = lines_of(text)
     try:
         whole = read(text)
+    except RecursionError as err:
+        raise FileError(f"{path} is nested too deep") from err
     except ValueError as err:
         # a broken array or object over several lines is no JSONL; the error names its line
         first = next(iter(lines.values()), "{}").strip()
@@ -54,8 +65,27 @@ def _json(text: str, path: Path) -> list[Record]:
 def _line(n: int, line: str, path: Path, read: partial[Any]) -> Record:
     try:
         return f"line {n}", read(line)
+    except RecursionError as err:
+        raise FileError(f"{path}, line {n} is nested too deep") from err
     except ValueError as err:
         raise FileError(f"{path}, line {n} is not JSON: {err}") from err
+
+
+def _check_unicode(record: Any, where: str) -> None:
+    """Raises `FileError` where a text has half a character: "\\ud800"."""
+    rest = [record]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            rest += [*value, *value.values()]
+        elif isinstance(value, list):
+            rest += value
+        elif isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as err:
+                half = value[err.start]
+                raise FileError(f"{where}: a text has {half!a}, which is no character") from err
 
 
 def _object(path: Path, items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from mia.io.files import existing_file
 from mia.io.provenance import data_metadata
 from mia.ranges import Ranges, compact, parse_items
 
@@ -42,6 +43,11 @@ class Selection(Generic[Item]):
 def select(
     name: str, items: Sequence[Item], paths: Sequence[Path], given: Ranges | None = None
 ) -> Selection[Item]:
-    """Items that are asked for (`mia.ranges`), all for None. Raises `RangeError`."""
+    """Items that are asked for (`mia.ranges`), all for None.
+
+    Raises `RangeError`, or `FileError` where data came from a pipe: it is read once more, for its
+    hash."""
+    for path in paths:
+        existing_file(path)
     indices = parse_items(given, len(items))
     return Selection(name, tuple(items[i] for i in indices), tuple(indices), tuple(paths))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from mia.datasets.reader import lines_of
-from mia.errors import FileError
+from mia.errors import FileError, did_you_mean
 from mia.io.files import read_utf8
 
 #: the folders of `mia/data`: contrast pairs, texts and word lists; A/B questions; tasks
@@ -35,10 +35,16 @@ def find(source: str | Path, kind: Kind = "contrast") -> Path:
         files = folder(kind).glob(f"{source}.*")
         return next(f for f in files if f.name != "index.json")
     path = Path(source)
-    if not path.exists():
+    try:
+        there = path.exists()
+    except (OSError, ValueError):  # a name that is too long, or of no characters
+        there = False
+    if not there:
+        known = names(kind)
+        near = did_you_mean(str(source), known) or ";"
         raise FileError(
-            f"there is no file {source}, nor a shipped {_WORDS[kind]}; "
-            f"shipped: {', '.join(names(kind))}"
+            f"there is no file {source}, nor a shipped {_WORDS[kind]}{near} shipped: "
+            f"{', '.join(known)}"
         )
     return path
 

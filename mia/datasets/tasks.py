@@ -24,7 +24,8 @@ import numpy as np
 
 from mia.datasets.reader import read_records
 from mia.datasets.shipped import find, folder
-from mia.errors import FileError, RangeError, UsageError
+from mia.errors import FileError, RangeError, UsageError, did_you_mean
+from mia.io.kinds import described, kinds_of
 
 #: how many shuffles are drawn, to find one that leaves few right answers
 _SHUFFLES = 256
@@ -100,7 +101,10 @@ def composition(text: str) -> Composition:
     if len(parts) == 1:
         by_name = {c.name: c for c in compositions()}
         if text not in by_name:
-            raise UsageError(f"unknown composition {text!r}; known: {', '.join(by_name)}")
+            near = did_you_mean(text, by_name)
+            raise UsageError(
+                f"unknown composition {text!r}{near or ';'} known: {', '.join(by_name)}"
+            )
         return by_name[text]
     if len(parts) != 4:
         raise UsageError(f"{text!r} is not a composition; expected four tasks AC,BC,BD,AD")
@@ -121,9 +125,13 @@ def load(name: str | Path) -> Task:
         return Task(entry["name"], pairs, entry["family"], entry["description"])
     path = Path(name)
     if path.suffix not in (".json", ".jsonl"):
+        if kinds := kinds_of(path):
+            raise FileError(f"{path} is {described(kinds)}, not a file of pairs")
         known = ", ".join(e["name"] for e in index())
+        near = did_you_mean(str(name), known.split(", "))
         raise UsageError(
-            f"unknown task {str(name)!r}; give a .json or .jsonl file, or one of {known}"
+            f"unknown task {str(name)!r}{near}{' Give' if near else '; give'} "
+            f"a .json or .jsonl file, or one of {known}"
         )
     return Task(path.stem, read_pairs(path))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mia.arrays import Array
+from mia.engine.finite import check_capture
 from mia.engine.jobs import Job, Read
 from mia.request import Result
 from mia.sites import BY_KEY, Site
@@ -49,12 +52,38 @@ class Answer:
             self.result.value = metric(self._logits)
         self._logits = None
 
-    def finish(self) -> None:
-        """Moves the captures into the result, cut to the tokens that there were."""
-        n_fed = max(len(self.result.tokens) - 1, 0)
-        for buffer in self.buffers:
-            read, extra = buffer.read, n_fed if buffer.read.generated else 0
-            n_rows, n_keys = len(read.positions) + extra, len(self.job.tokens) + extra
-            for site in read.sites:
-                a = buffer.arrays[site][:n_rows]
-                self.result.captures[site] = a[..., :n_keys] if site.name in BY_KEY else a
+    def finish(self, kv_type: str) -> None:
+        """Moves the captures into the result, cut to the tokens that there were.
+
+        Raises `EngineError` for numbers that are not finite (see finite.py)."""
+        n, n_fed = len(self.job.tokens), max(len(self.result.tokens) - 1, 0)
+        by_site: dict[Site, list[tuple[list[int], Array]]] = {}
+        for capture, buffer in zip(self.job.request.captures, self.buffers, strict=True):
+            positions = list(buffer.read.positions)
+            n_keys = n
+            if buffer.read.generated:
+                positions += range(n, n + n_fed)
+                n_keys += n_fed
+            arrays: dict[Site, Array] = {}
+            for site in buffer.read.sites:
+                a = buffer.arrays[site][: len(positions)]
+                arrays[site] = a = a[..., :n_keys] if site.name in BY_KEY else a
+                check_capture(a, site, kv_type=kv_type)
+                by_site.setdefault(site, []).append((positions, a))
+            self.result.by_capture.append((capture, arrays))
+        for site, parts in by_site.items():
+            self.result.captures[site] = parts[0][1] if len(parts) == 1 else _merged(parts, n)
+
+
+def _merged(parts: Sequence[tuple[list[int], Array]], n_prompt: int) -> Array:
+    """The rows of several captures of one site, each token once, in the order in which the
+    captures name them, generated tokens at the end."""
+    rows: dict[int, Array] = {}
+    for positions, a in parts:
+        for position, row in zip(positions, a, strict=True):
+            rows.setdefault(position, row)
+    # with keys as the last axis, a capture of generated tokens has more of them
+    out = np.zeros((len(rows), *max(a.shape[1:] for _, a in parts)), np.float32)
+    for i, position in enumerate(sorted(rows, key=lambda p: p >= n_prompt)):
+        out[i][..., : rows[position].shape[-1]] = rows[position]
+    return out

@@ -37,6 +37,8 @@ def check_sites(session: Session, jobs: Iterable[Job]) -> None:
             if (edit, n_tokens) not in known:
                 known.add((edit, n_tokens))
                 _check_by_key(edit, site)
+                if site.kind.read_only:
+                    raise UsageError(f"{site} can be captured, not edited")
                 edit.check(site, session.site(site).shape, n_tokens)
         for read in job.reads:
             for site in read.sites:

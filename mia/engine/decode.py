@@ -41,6 +41,8 @@ class Decoder:
         self._edits, self._buffers = edits, buffers
         sites = [*edits.values(), *(s for read in buffers for s in read.sites)]
         self._track_cells = any(site.name in BY_KEY for site in sites)
+        self._changed = bool(edits)
+        self._logits_edited = any(site.name == "logits" for site in edits.values())
         #: for each row of the batch, its place among the outputs
         self._output_index: IntArray = np.empty(0, np.intp)
         #: what the tracer expects as long as the same generations go on, at the same graph
@@ -62,14 +64,15 @@ class Decoder:
             if self._context.decode(tokens, positions, batch.sequences, outputs):
                 return
             self._standing = None
-            self._session.learn()
+            self._session.learn(len(tokens))
             self._take_out(batch.sequences, positions)
         raise always_new_graph()
 
     def logits(self, b: int) -> Array:
         """The logits (n_vocab,) of row b of the batch, valid until the next decode."""
         row: Array = self._context.logits()[self._output_index[b]]
-        check_logits(row)
+        kv_type = self._context.params.kv_type
+        check_logits(row, changed=self._changed, edited=self._logits_edited, kv_type=kv_type)
         return row
 
     def _take_out(self, sequences: Sequence[int], positions: Sequence[int]) -> None:

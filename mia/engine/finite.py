@@ -3,35 +3,120 @@
 llama.cpp's attention reads masked cells too and multiplies them with zero, and zero times NaN is
 NaN. So one NaN in one cell would spoil every later run on the context. Three guards keep it out:
 
-1. `check_edited` refuses an edit whose result is not finite, before the graph goes on.
-2. `check_logits` refuses NaN that the model itself has made of large numbers.
-3. Whatever ends a run early has the cache overwritten with zeros (`Engine`).
+1. `check_edited` refuses an edit whose result is not finite, before the graph goes on. (Scores and
+   routers may be -inf: `patterns.py` and `experts.py` see that enough is left.)
+2. `check_logits` and `check_capture` refuse what the model itself has made of large numbers.
+3. Whatever ends a run early has the cache overwritten with zeros (`Engine`), and so has the next
+   run after edits that nothing was read behind (`unread_edits`). A joint run that ends with an error is
+   run again without the requests whose edits may have hidden a NaN (`may_hide`), and these alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from mia.arrays import Array
+from mia.edits import Edit
+from mia.engine.jobs import Job
 from mia.errors import EngineError, UsageError
-from mia.sites import Site
+from mia.sites import ROUTERS, Site
+
+#: A norm squares its inputs in float32: above 1.8e19 it divides by infinity, and the whole row is 0,
+#: which looks like a result. Products with weights lie between an edit and the norm; behind these two
+#: norms also gated MLPs, which multiply two such numbers.
+_LARGEST_RESIDUAL = 1e17
+#: nothing takes the norm of what lies at the others: what is too large there becomes infinite
+_LARGEST = {
+    "attn_norm": 1e8,
+    "mlp_norm": 1e8,
+    "q": np.inf,
+    "k": np.inf,
+    "final_norm": np.inf,
+}
 
 
 def check_edited(rows: Array, site: Site) -> None:
-    """Raises `UsageError` if an edit made numbers that are not finite. At the logits it may:
-    nothing after them is cached."""
-    if site.name != "logits" and not np.isfinite(rows).all():
+    """Raises `UsageError` if an edit made numbers that are not finite, or so large that a norm after
+    them would overflow (see `_LARGEST`). At the logits some may be -inf, tokens that are not to be
+    chosen."""
+    if site.name != "logits":
+        size = max(float(rows.max()), -float(rows.min()))  # NaN if there is one
+        if not np.isfinite(size):
+            raise not_finite(site)
+        largest = _LARGEST.get(site.name, _LARGEST_RESIDUAL)
+        if size > largest:
+            raise UsageError(
+                f"an edit at {site} makes numbers of {size:.0e}; above {largest:.0e} the squares in the "
+                "model's norms overflow, and zeros come out"
+            )
+        return
+    top = rows.max(-1)
+    if np.isneginf(top).any():
+        raise UsageError("an edit at logits leaves no token to choose: all are -inf")
+    if not np.isfinite(top).all():
         raise not_finite(site)
 
 
-def check_logits(row: Array) -> None:
-    """Raises `EngineError` for NaN. One in a hidden state makes all logits of its row NaN, so it
-    is enough to look at the first."""
-    if np.isnan(row[0]):
-        raise EngineError(
-            "the logits are not numbers (NaN): an edit is too large for the model, "
-            "or llama.cpp computes wrongly on this machine"
+def check_logits(row: Array, *, changed: bool, edited: bool, kv_type: str) -> None:
+    """Raises `EngineError` for logits (n_vocab,) that are NaN or infinite.
+
+    Args:
+        changed: whether anything is edited in this run.
+        edited: whether edits at the logits may have made some of them -inf.
+    """
+    top, bottom = row.max(), row.min()
+    if np.isnan(top):
+        raise _too_large("the logits are not numbers (NaN)", kv_type, changed)
+    if np.isinf(top) or (np.isinf(bottom) and not edited):
+        raise _too_large("the logits are infinite", kv_type, changed)
+
+
+def check_capture(rows: Array, site: Site, *, kv_type: str) -> None:
+    """Raises `EngineError` for a capture that is NaN or infinite. Scores are -inf where an edit
+    blocks the key, logits where one bans the token, routers where one takes an expert out."""
+    if np.isfinite(rows).all():
+        return
+    if site.name in ("attn_scores", "logits", *ROUTERS) and not (
+        np.isnan(rows).any() or np.isposinf(rows).any()
+    ):
+        return
+    raise _too_large(f"{site} has numbers that are not finite", kv_type)
+
+
+def unread_edits(jobs: Iterable[Job]) -> bool:
+    """Whether some edits may have left what is not finite in the cache, unseen: the last token's
+    logits, which depend on all, were not asked for; or one edit may have put other numbers in the place of
+    what another one broke."""
+    return any(
+        may_hide(job)
+        or (job.edits and not job.generates and len(job.tokens) - 1 not in job.logit_positions)
+        for job in jobs
+    )
+
+
+def may_hide(job: Job) -> bool:
+    """Whether an edit may put other numbers in the place of what another one broke."""
+    return len(job.edits) > 1 and any(_hides(edit) for edit, _ in job.edits)
+
+
+def _hides(edit: Edit) -> bool:
+    """Whether what an edit makes need not depend on what it finds."""
+    return not isinstance(edit.op, str) or edit.op in ("replace", "zero", "mean")
+
+
+def _too_large(what: str, kv_type: str, changed: bool = True) -> EngineError:
+    if not changed:
+        return EngineError(
+            f"{what}, and nothing was edited: the model's file is damaged, or llama.cpp computes "
+            "wrongly on this machine"
         )
+    cache = " or its f16 cache (65504 at most)" if kv_type == "f16" else ""
+    return EngineError(
+        f"{what}: an edit is too large for the model{cache}, "
+        "or llama.cpp computes wrongly on this machine"
+    )
 
 
 def not_finite(site: Site) -> UsageError:

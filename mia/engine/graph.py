@@ -1,41 +1,36 @@
-"""From a graph's nodes to sites: by name if llama.cpp gives a reliable one, else by structure.
+"""From a graph's nodes to sites.
 
-Names alone are not enough. `Qcur-3` names three nodes (the site is the last, after RoPE),
-`ffn_out-3` may be the MLP's output or its sum with the residual, and `attn_out-3` exists in
-a quarter of the architectures. The residual stream is reliable: `l_out-i` is the end of
-block i, it is a sum, and attention enters it through the one matrix product that reads
-`kqv_out-i`. So the names `l_out` and `kqv_out` are the anchors, and the sums between them
-give the rest.
-
-A site of `mia.sites.SITES` is the last node with its llama.cpp name, unless `_SEARCHES` has
-a method for it.
+A block's sites are found by structure, from two names that are the same in every architecture:
+`l_out-i`, the end of block i, and `kqv_out-i`, the heads (see `mia.engine.blocks`). A site that
+structure does not decide is the last node with its llama.cpp name; whether it is what the name
+says is checked by `mia.models.claims`, as is everything else here.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from mia.llama import Node, describe
+from mia.engine.blocks import Block, Part, block_end
+from mia.engine.nodes import Graph
+from mia.engine.routes import Routes
+from mia.llama import Node
 from mia.sites import KINDS, SITES, Site, SiteKind
-
-#: ops that only look at the same numbers in another shape, or take some rows of them
-_PASS = ("RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE", "CONT", "GET_ROWS", "DUP", "CPY")
 
 
 @dataclass(frozen=True, slots=True)
 class SiteNode:
     """Where a site lies in a graph.
 
-    `layout`: "rows" `(n_rows, width)`, "heads" `(n_rows, n_head, head_dim)`, or
-    "pattern" `(n_head, n_rows, n_cells)`. `outputs_only`: the node has rows only
+    `layout`: "rows" `(n_rows, width)`, "heads" `(n_rows, n_head, head_dim)`,
+    "pattern" `(n_head, n_rows, n_cells)`, or "chosen" `(n_rows, n_expert_used)`. `outputs_only`: the node has rows only
     for tokens whose logits were asked for (the end of the last block). `shape` is that
     of one row: `(width,)`, `(n_head, head_dim)`, or `(n_head,)` for a pattern, whose
     keys grow with the sequence. `scale`: what the node's numbers are multiplied with
-    to be the site's (scores, which the softmax scales).
+    to be the site's (scores, which the softmax scales). `ids`: of a "chosen" node, the index of
+    the node with the expert that each of its numbers is of.
     """
 
     index: int
@@ -43,6 +38,7 @@ class SiteNode:
     outputs_only: bool
     shape: tuple[int, ...]
     scale: float = 1.0
+    ids: int = -1
 
     def read_shape(self, n_keys: int) -> tuple[int, ...]:
         """The shape of a captured row: heads flattened, patterns (n_head, n_keys)."""
@@ -51,23 +47,46 @@ class SiteNode:
 
 class Topology:
     """One graph's nodes in order, and the sites in it. Indices, not addresses: the same
-    topology comes back at other addresses when llama.cpp builds the graph anew."""
+    topology comes back at other addresses when llama.cpp builds the graph anew.
 
-    def __init__(self, nodes: Sequence[Node], *, n_layer: int, n_head: int):
-        self.nodes = nodes
-        self.n_layer = n_layer
-        self._n_head = n_head
-        self._index = {n.addr: i for i, n in enumerate(nodes)}
+    Attributes:
+        sites: where each site lies.
+        missing: why this graph has no such site, for those of its blocks.
+        notes: how a site differs from what its name says elsewhere.
+        by_name: sites of a block that only their names tell.
+        factors: what the sum at the end of a block is multiplied with, by layer.
+        cache_layers: the layer whose keys a layer attends to, where it is known.
+        mixed: layers in which something else is added to the residual beside attention.
+        followed: layers in which something else is added behind the MLP.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        *,
+        n_layer: int,
+        n_head: int,
+        n_tokens: int = 2,
+        refused: Mapping[Site, str] | None = None,
+    ):
+        """`n_tokens`: of the batch that showed the graph; `refused`: sites that are not what their names say, and why; not offered."""
+        self.nodes, self.n_layer = nodes, n_layer
+        self._n_head, self._n_tokens = n_head, n_tokens
+        self.graph = Graph(nodes)
+        self._routes = Routes(self.graph)
         self._skippable: dict[int, list[int]] = {}
-        self._named: dict[str, int] = {n.name: i for i, n in enumerate(nodes)}  # the last wins
-        self._leaves: dict[int, Node] = {}
-        self._users: dict[int, list[int]] = defaultdict(list)
-        for i, n in enumerate(nodes):
-            for s in n.src:
-                self._users[s].append(i)
-        self._outputs_only = self._propagate_outputs()
+        self._outputs_only = self.graph.outputs_only()
         self.sites: dict[Site, SiteNode] = {}
+        self.missing: dict[Site, str] = {}
+        self.notes: dict[Site, str] = {}
+        self.by_name: set[Site] = set()
+        self.mixed: set[int] = set()
+        self.followed: set[int] = set()
+        self.factors: dict[int, list[float | str]] = {}
+        self.cache_layers: dict[int, int] = {}
         self._resolve()
+        for site, why in (refused or {}).items():
+            self.refuse(site, why)
 
     def same_as(self, addrs_nodes: Sequence[Node]) -> bool:
         """True where other nodes form this graph again, at whatever addresses."""
@@ -75,75 +94,99 @@ class Topology:
             a.name == b.name and a.op == b.op for a, b in zip(addrs_nodes, self.nodes, strict=True)
         )
 
-    # -- small steps through the graph --------------------------------------
-
     def node(self, addr: int) -> Node:
         """The node or leaf (weight, input) at an address of this graph."""
-        i = self._index.get(addr)
-        if i is not None:
-            return self.nodes[i]
-        if addr not in self._leaves:
-            self._leaves[addr] = describe(addr)
-        return self._leaves[addr]
+        return self.graph.node(addr)
 
     def is_leaf(self, addr: int) -> bool:
-        return addr not in self._index
+        return self.graph.is_leaf(addr)
 
-    def root(self, addr: int) -> int:
-        """Walks up through ops that only reshape or pick rows."""
-        while True:
-            n = self.node(addr)
-            if self.is_leaf(addr) or n.op not in _PASS or not n.src:
-                return addr
-            if n.op == "GET_ROWS" and not self._picks_outputs(n):
-                return addr  # an embedding is looked up: numbers begin here
-            addr = n.src[0]
-
-    def _picks_outputs(self, n: Node) -> bool:
-        return (
-            n.op == "GET_ROWS" and self.is_leaf(n.src[1]) and self.node(n.src[1]).name == "out_ids"
-        )
-
-    def _propagate_outputs(self) -> list[bool]:
-        flags: list[bool] = []
-        for n in self.nodes:
-            flags.append(
-                self._picks_outputs(n)
-                or any(flags[self._index[s]] for s in n.src if s in self._index)
-            )
-        return flags
+    def refuse(self, site: Site, why: str) -> None:
+        """Takes a site back that is not what its name says."""
+        if self.sites.pop(site, None) is not None:
+            self.missing[site] = why
 
     # -- resolution ----------------------------------------------------------
 
     def _resolve(self) -> None:
         for kind in SITES:
             if not kind.layered and not kind.block_end:
-                self._place(kind, None)
+                self._place(kind, None, self._whole_model(kind))
+        before = None
         for layer in range(self.n_layer):
+            end = block_end(self.graph, layer, self.n_layer)
+            block = Block(self.graph, layer, pre=before, end=end, n_tokens=self._n_tokens)
             for kind in SITES:
                 if kind.layered:
-                    self._place(kind, layer)
+                    self._place(kind, layer, self._part(kind, layer, block))
+            if block.is_mixed:
+                self.mixed.add(layer)
+            if block.is_followed:
+                self.followed.add(layer)
+            if block.factors:
+                self.factors[layer] = block.factors
+            if block.cache_layer is not None:
+                self.cache_layers[layer] = block.cache_layer
+            before = end
         for kind in SITES:
             if not kind.layered and kind.block_end:
-                self._place(kind, None)
+                self._place(kind, None, self._named(kind, None))
 
-    def _place(self, kind: SiteKind, layer: int | None) -> None:
-        """Adds a site if the graph has a node for it."""
-        search = _SEARCHES.get(kind.name)
-        index = self._named_node(kind, layer) if search is None else search(self, layer or 0)
-        if index is None:
-            return
-        layout, shape = self._row(kind, layer, self.nodes[index].ne)
-        scale = self._softmax_scale(layer) if kind.name == "attn_scores" else 1.0
-        self.sites[Site(kind.name, layer)] = SiteNode(
-            index, layout, self._outputs_only[index], shape, scale
-        )
+    def _part(self, kind: SiteKind, layer: int, block: Block) -> Part:
+        """What structure says; where it does not say what a block is made of, names."""
+        if kind.name in _OF_ROUTE:
+            return self._routes.part(kind.name, layer)
+        by_structure = _OF_BLOCK.get(kind.name)
+        if by_structure is None:
+            return self._named(kind, layer)
+        part = by_structure(block)
+        if part.index is None and not block.is_known and not kind.residual:
+            named = self._named(kind, layer)
+            if named.index is not None:
+                self.by_name.add(Site(kind.name, layer))
+                return named
+        return part
 
-    def _named_node(self, kind: SiteKind, layer: int | None) -> int | None:
+    def _whole_model(self, kind: SiteKind) -> Part:
+        return self._embedding() if kind.name == "embed" else self._named(kind, None)
+
+    def _named(self, kind: SiteKind, layer: int | None) -> Part:
         """The last node with one of the llama.cpp names of the site."""
         suffix = "" if layer is None else f"-{layer}"
-        indices = (self._named.get(name + suffix) for name in kind.llama)
-        return next((i for i in indices if i is not None), None)
+        indices = (self.graph.named.get(name + suffix) for name in kind.llama)
+        index = next((i for i in indices if i is not None), None)
+        return Part(index, "" if index is not None else "llama.cpp has no such node")
+
+    def _embedding(self) -> Part:
+        """The node that looks up the token embeddings."""
+        index = self.graph.find(
+            lambda n: n.op == "GET_ROWS" and "token_embd" in self.node(n.src[0]).name
+        )
+        if index is None:
+            return Part(None, "the graph looks up no token embeddings")
+        users = [self.nodes[u] for u in self.graph.users[self.nodes[index].addr]]
+        scaled = next((u for u in users if u.op == "SCALE"), None)
+        factor = "" if scaled is None else f"before its scale of {scaled.param_f32(0):g}"
+        return Part(index, factor)
+
+    def _place(self, kind: SiteKind, layer: int | None, part: Part) -> None:
+        """Adds a site if the graph has a node for it."""
+        site = Site(kind.name, layer)
+        if part.index is None:
+            self.missing[site] = part.note
+            return
+        if part.note:
+            self.notes[site] = part.note
+        layout, shape = self._row(kind, layer, self.nodes[part.index].ne)
+        scale = self._softmax_scale(layer) if kind.name == "attn_scores" else 1.0
+        ids = -1
+        if kind.name == "expert_weights":  # of those chosen; the site has one for each expert
+            assert layer is not None
+            route = self._routes.by_layer[layer]
+            layout, shape, ids = "chosen", (route.n_expert,), route.ids
+        self.sites[site] = SiteNode(
+            part.index, layout, self._outputs_only[part.index], shape, scale, ids
+        )
 
     def _row(
         self, kind: SiteKind, layer: int | None, ne: tuple[int, ...]
@@ -151,8 +194,9 @@ class Topology:
         """Layout and shape of one row, for `SiteNode`."""
         if kind.by_key:
             return "pattern", (ne[2],)
-        # the traced graph has two rows, which tells (head_dim, n_head, 2) from (width, 2)
-        if kind.headed and ne[2] > 1:
+        # the scouted graph has two rows, which tells (head_dim, n_head, 2) from (width, 2)
+        in_heads = ne[2] > 1 if self._n_tokens > 1 else ne[1] > 1
+        if kind.headed and in_heads:
             return "heads", (ne[1], ne[0])
         if kind.headed and kind.shape[0] == "n_head":
             q = self.sites.get(Site("q", layer))
@@ -160,120 +204,20 @@ class Topology:
             return "rows", (n_head, ne[0] // n_head)
         return "rows", (ne[0],)
 
-    def _site_index(self, name: str, layer: int) -> int | None:
-        """The node of a site that is resolved already."""
-        node = self.sites.get(Site(name, layer))
-        return None if node is None else node.index
-
-    def _embedding(self, _: int) -> int | None:
-        """The node that looks up the token embeddings."""
-        return next(
-            (
-                i
-                for i, n in enumerate(self.nodes)
-                if n.op == "GET_ROWS" and "token_embd" in self.node(n.src[0]).name
-            ),
-            None,
-        )
-
-    def _block_input(self, layer: int) -> int | None:
-        """The output of the block before; for the first block what its norm reads."""
-        if layer > 0:
-            return self._named.get(f"l_out-{layer - 1}")
-        norm = self._named.get("attn_norm-0")
-        while norm is not None:
-            n = self.nodes[norm]
-            if n.op in ("RMS_NORM", "NORM"):
-                return self._index.get(self.root(n.src[0]))
-            norm = self._index.get(n.src[0])
-        return next(
-            (self._named[x] for x in ("inp_scaled", "inpL", "embd") if x in self._named), None
-        )
-
-    def _scores(self, layer: int) -> int | None:
-        """What the softmax of the attention reads."""
-        softmax = self._named.get(f"kq_soft_max-{layer}")
-        if softmax is None or self.nodes[softmax].op != "SOFT_MAX":
-            return None
-        return self._index.get(self.nodes[softmax].src[0])
-
     def _softmax_scale(self, layer: int | None) -> float:
-        return self.nodes[self._named[f"kq_soft_max-{layer}"]].param_f32(0)
+        softmax = self.graph.named.get(f"kq_soft_max-{layer}")
+        return 1.0 if softmax is None else self.nodes[softmax].param_f32(0)
 
-    def _attention_output(self, layer: int) -> int | None:
-        """What attention adds to the residual."""
-        return self._attention(layer)[0]
+    def absence(self, site: Site) -> str:
+        """A line that says why there is no such site."""
+        why = self.missing.get(site)
+        reason = f" ({why})" if why else ""
+        have = ", ".join(dict.fromkeys(s.name for s in self.sites))
+        return f"this model has no site {site}{reason}; it has {have}"
 
-    def _residual_middle(self, layer: int) -> int | None:
-        """The sum of the block's input and what attention adds."""
-        return self._attention(layer)[1]
-
-    def _attention(self, layer: int) -> tuple[int | None, int | None]:
-        """What attention adds to the residual, and the sum. Follows the product that reads
-        the heads forward through bias, post-norm and scaling until it meets the residual."""
-        heads, pre = self._site_index("head_out", layer), self._site_index("resid_pre", layer)
-        product = None if heads is None else self._product_after(heads)
-        if product is None:
-            return self._named.get(f"attn_out-{layer}"), self._named.get(f"ffn_inp-{layer}")
-        pre_addr = self.nodes[pre].addr if pre is not None else 0
-        index = result = product  # `result`: the last node that still has attention's rows
-        while True:
-            users = [u for u in self._users[self.nodes[index].addr] if u > index]
-            if len(users) != 1:
-                return result, None
-            user = self.nodes[users[0]]
-            others = [s for s in user.src if s != self.nodes[index].addr]
-            if user.op == "ADD" and others and self.root(others[0]) == pre_addr:
-                return result, users[0]
-            continues = user.op in ("GET_ROWS", "RMS_NORM", "NORM", "SCALE", "RESHAPE") or (
-                user.op in ("ADD", "MUL") and bool(others) and self.is_leaf(others[0])
-            )
-            if not continues or user.src[0] != self.nodes[index].addr:
-                return result, None
-            index = users[0]
-            if user.op != "GET_ROWS":
-                result = index
-
-    def _product_after(self, index: int) -> int | None:
-        """The matrix product that reads a node, directly or through a reshape or scale."""
-        for _ in range(4):
-            users = [u for u in self._users[self.nodes[index].addr] if u > index]
-            product = next((u for u in users if self.nodes[u].op == "MUL_MAT"), None)
-            if product is not None:
-                return product
-            if len(users) != 1:
-                return None
-            index = users[0]
-        return None
-
-    def _mlp_output(self, layer: int) -> int | None:
-        """The other term of the sum that makes `l_out`."""
-        mid, post = self._site_index("resid_mid", layer), self._named.get(f"l_out-{layer}")
-        if post is None or mid is None:
-            return self._named_mlp_output(layer, post)
-        mid_addr = self.nodes[mid].addr
-        index: int | None = post
-        while index is not None and self.nodes[index].op == "ADD":
-            a, b = self.nodes[index].src[:2]
-            if self.root(a) == mid_addr:
-                return self._index.get(b)
-            if self.root(b) == mid_addr:
-                return self._index.get(a)
-            # a control vector is added after the sum
-            if self.is_leaf(b):
-                index = self._index.get(a)
-            elif self.is_leaf(a):
-                index = self._index.get(b)
-            else:
-                break
-        return self._named_mlp_output(layer, post)
-
-    def _named_mlp_output(self, layer: int, post: int | None) -> int | None:
-        for name in (f"ffn_moe_out-{layer}", f"ffn_out-{layer}"):
-            index = self._named.get(name)
-            if index is not None and index != post:
-                return index
-        return None
+    def gate(self, layer: int) -> str:
+        """What makes scores of a router's logits: "softmax", "sigmoid" or "sqrt_softplus"."""
+        return self._routes.by_layer[layer].gate
 
     # -- what people ask ------------------------------------------------------
 
@@ -290,6 +234,11 @@ class Topology:
         )
 
     # -- what the engine asks -------------------------------------------------
+
+    @property
+    def has_residuals(self) -> bool:
+        """Whether the end of every block is a site, so that a run can start behind it."""
+        return all(Site("resid_post", i) in self.sites for i in range(self.n_layer))
 
     @cached_property
     def cell_inputs(self) -> dict[int, tuple[int, int]]:
@@ -312,7 +261,7 @@ class Topology:
         needed: set[int] = set()
         stack = [s for n in self.nodes[known + 1 :] for s in n.src]
         while stack:
-            at = self._index.get(stack.pop())
+            at = self.graph.index.get(stack.pop())
             if at is None or at >= known or at in needed:
                 continue
             needed.add(at)
@@ -328,12 +277,21 @@ class Topology:
         return [] if norm is None else list(range(norm.index + 1, len(self.nodes)))
 
 
-#: sites whose node has no reliable name; a search may use the sites above it in `SITES`
-_SEARCHES: dict[str, Callable[[Topology, int], int | None]] = {
-    "embed": Topology._embedding,
-    "resid_pre": Topology._block_input,
-    "attn_scores": Topology._scores,
-    "attn_out": Topology._attention_output,
-    "resid_mid": Topology._residual_middle,
-    "mlp_out": Topology._mlp_output,
+#: sites of a block that structure decides
+_OF_BLOCK: dict[str, Callable[[Block], Part]] = {
+    "resid_post": Block.resid_post,
+    "resid_pre": Block.resid_pre,
+    "attn_norm": Block.attn_norm,
+    "mlp_norm": Block.mlp_norm,
+    "q": Block.q,
+    "k": Block.k,
+    "v": Block.v,
+    "attn_scores": Block.attn_scores,
+    "attn_pattern": Block.attn_pattern,
+    "head_out": Block.head_out,
+    "attn_out": Block.attn_out,
+    "resid_mid": Block.resid_mid,
+    "mlp_out": Block.mlp_out,
 }
+#: sites of a layer of experts
+_OF_ROUTE = ("router", "router_choice", "experts", "expert_weights")

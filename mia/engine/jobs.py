@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mia.edits import Edit, resolve_tokens
+from mia.errors import UsageError
 from mia.request import Capture, Request
 from mia.sites import Site, parse, parse_many
 
@@ -114,7 +115,10 @@ def _logit_positions(request: Request, n: int) -> tuple[int, ...]:
         return ()
     if isinstance(request.logits, str):
         return (n - 1,) if request.logits == "last" else tuple(range(n))
-    return tuple(resolve_tokens(request.logits, n))
+    positions = tuple(resolve_tokens(request.logits, n))
+    if request.metric is not None and not positions:
+        raise UsageError(f"a metric needs logits, and logits selects none of {n} tokens")
+    return positions
 
 
 def sites_of_edits(jobs: Iterable[Job]) -> dict[Edit, Site]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from mia.arrays import Array, IntArray
+from mia.arrays import Array, BoolArray, IntArray
 from mia.edits import Edit
 from mia.engine.finite import check_edited, not_finite
 from mia.engine.segments import Row
@@ -27,12 +27,19 @@ class Patterns:
     def __init__(self, session: Session, rows: Sequence[Row]):
         self._session = session
         self.rows = rows
+        #: layer -> the address of its mask, in this decode
+        self._masks: dict[int, int] = {}
         inputs = session.topology.cell_inputs
         #: layers that store to the same cells are one group: (address of the cells) -> its number
         numbers: dict[int, int] = {}
         for _, cells in inputs.values():
             numbers.setdefault(cells, len(numbers))
         self._groups = {layer: numbers[cells] for layer, (_, cells) in inputs.items()}
+
+    def go_on(self, rows: Sequence[Row]) -> None:
+        """The rows of the next decode."""
+        self.rows = rows
+        self._masks.clear()
 
     def cell_notes(self) -> Iterator[tuple[int, Callable[[int], None]]]:
         """(index of a node, what to do there): each row notes the cell of its key."""
@@ -53,11 +60,17 @@ class Patterns:
         return note
 
     def line(self, site: Site, a: Array, b: int) -> Array:
-        """Row b of a node (n_head, n_rows, n_cells) by position: (n_head, n_keys), a copy."""
+        """Row b of a node (n_head, n_rows, n_cells) by position: (n_head, n_keys), a copy.
+
+        A key that the mask hides from the query has 0: its cell may have another token's key, or
+        none. So has the future, which no line reaches.
+        """
         cells = self._cells(site, b)
-        line = a[:, b][:, cells] * np.float32(self._session.site(site).scale)
-        if site.name == "attn_pattern":
-            line[..., _overwritten(cells)] = 0
+        line: Array = a[:, b][:, cells] * np.float32(self._session.site(site).scale)
+        if site.name == "attn_scores":
+            line[:, ~self._seen(site, b, cells)] = 0
+        else:
+            line[:, _overwritten(cells)] = 0  # the softmax has masked the others
         return line
 
     def edit(self, edit: Edit, site: Site, batch_rows: IntArray, addr: int) -> None:
@@ -66,29 +79,41 @@ class Patterns:
         first = np.zeros(1, np.intp)
         with rows_of(addr, write=True) as a:
             for b in batch_rows.tolist():
-                lines = self.line(site, a[0], b)[None]  # (1, n_head, n_keys)
-                edit.apply(lines, first, first)
+                cells = self._cells(site, b)
+                seen = self._seen(site, b, cells)
+                line = a[0][:, b][:, cells] * scale
+                line[:, ~seen] = 0
+                edit.apply(line[None], first, first)
                 if site.name == "attn_scores":
-                    self._check_scores(site, b, lines[0])
+                    self._check_scores(site, b, line, seen)
                 else:
-                    check_edited(lines, site)
-                a[0][:, b, self._cells(site, b)] = lines[0] / scale
+                    check_edited(line, site)
+                    self._check_pattern(site, b, line, seen)
+                a[0][:, b, cells[seen]] = line[:, seen] / scale
 
     def _cells(self, site: Site, b: int) -> IntArray:
         assert site.layer is not None
-        return self.rows[b].path_cells(self._groups[site.layer])
+        layer = self._session.topology.cache_layers.get(site.layer, site.layer)
+        return self.rows[b].path_cells(self._groups[layer])
 
-    def _check_scores(self, site: Site, b: int, line: Array) -> None:
+    def _seen(self, site: Site, b: int, cells: IntArray) -> BoolArray:
+        """Which keys of its sequence the mask lets row b see: (n_keys,)."""
+        assert site.layer is not None
+        mask_addr = self._masks.get(site.layer)
+        if mask_addr is None:
+            softmax = self._session.site(Site("attn_pattern", site.layer)).index
+            mask_addr = describe(self._session.variants[0].addrs[softmax]).src[1]
+            self._masks[site.layer] = mask_addr
+        with rows_of(mask_addr, write=False) as mask:
+            seen: BoolArray = np.isfinite(mask[0, 0, b, cells])
+        seen[_overwritten(cells)] = False
+        return seen
+
+    def _check_scores(self, site: Site, b: int, line: Array, seen: BoolArray) -> None:
         """Scores (n_head, n_keys) may be -inf, a key not looked at. But each head must have a
         key left that the mask lets it see: a softmax over nothing is NaN."""
         if np.isnan(line).any() or np.isposinf(line).any():
             raise not_finite(site)
-        assert site.layer is not None
-        session = self._session
-        softmax = session.site(Site("attn_pattern", site.layer)).index
-        mask_addr = describe(session.variants[0].addrs[softmax]).src[1]
-        with rows_of(mask_addr, write=False) as mask:
-            seen = np.isfinite(mask[0, 0, b, self._cells(site, b)])  # (n_keys,)
         blind = np.flatnonzero(~np.isfinite(line[:, seen]).any(1))
         if len(blind):
             raise UsageError(
@@ -96,11 +121,20 @@ class Patterns:
                 f"head {blind[0]}; leave at least one"
             )
 
+    def _check_pattern(self, site: Site, b: int, line: Array, seen: BoolArray) -> None:
+        """Nothing can be read of a key that a sliding window has left behind."""
+        hidden = np.flatnonzero((line != 0).any(0) & ~seen)
+        if len(hidden):
+            raise UsageError(
+                f"an edit at {site} gives weight to key {hidden[0]}, which the layer's sliding window "
+                f"hides from query {self.rows[b].pos}; leave it at 0"
+            )
+
 
 def _overwritten(cells: IntArray) -> list[int]:
     """Positions whose cell a later position of the sequence has taken over, as llama.cpp does with
     what a sliding window has left behind: nothing of them is attended to."""
-    latest = {cell: pos for pos, cell in enumerate(cells.tolist())}
-    if len(latest) == len(cells):
+    if len(np.unique(cells)) == len(cells):
         return []
+    latest = {cell: pos for pos, cell in enumerate(cells.tolist())}
     return [pos for pos, cell in enumerate(cells.tolist()) if latest[cell] != pos]

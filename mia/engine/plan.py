@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 from mia.engine import limits
 from mia.engine.jobs import Job, sites_of_edits
-from mia.engine.resume import plan_resumed
+from mia.engine.resume import let_run_whole, plan_resumed
 from mia.engine.segments import Output, Row, Segment, walk
 from mia.sites import Site
 
@@ -22,12 +22,15 @@ def build(
     n_layer: int,
     n_ubatch: int,
     skip_blocks: bool,
+    n_sequences: int = limits.MAX_SEQUENCES,
     output_sites: Collection[Site] = (),
 ) -> list[Segment]:
     """The segments without a parent, in the order of the requests.
 
     Args:
         share: False keeps every request apart (memories that cannot share prefixes).
+        n_sequences: how many there are. Segments that could skip blocks, but would need more, run
+            whole. The rest may need more all the same (`Segment.sequences`).
         skip_blocks: whether segments may start at a later block than the first.
         output_sites: sites whose node has rows for outputs only.
     """
@@ -45,7 +48,7 @@ def build(
     if skip_blocks and share:
         plan_resumed(segments, sites_of_edits(jobs), n_layer=n_layer, n_ubatch=n_ubatch)
     for segment in segments:
-        _set_needs(segment)
+        _set_needs(segment, n_sequences)
     return segments
 
 
@@ -122,14 +125,17 @@ def _segment(row: Row, ends: dict[Row, list[Job]]) -> Segment:
     return top
 
 
-def _set_needs(top: Segment) -> None:
+def _set_needs(top: Segment, n_sequences: int) -> None:
     for segment in reversed(list(walk([top]))):
+        segment.sequences = _sequences(segment.children, len(segment.generating))
+        if segment.sequences > n_sequences:
+            let_run_whole(segment.children)
+            segment.sequences = _sequences(segment.children, len(segment.generating))
         below = max((c.path_cells for c in segment.children), default=0)
         segment.generation_cells = max(
             (job.request.n_predict - 1 for job in segment.generating), default=0
         )
         segment.path_cells = len(segment.rows) + max(below, segment.generation_cells)
-        segment.sequences = _sequences(segment.children, len(segment.generating))
         n_states = sum(row.output is Output.STATES for row in segment.rows)
         segment.states_apart = n_states >= limits.STATES_APART
 

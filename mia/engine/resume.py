@@ -104,3 +104,16 @@ def _save_residuals(twin: Segment, sites: tuple[Site, ...]) -> None:
     twin.saved = Read(sites, tuple(range(n)), n_rows=n, n_keys=0)
     for i, row in enumerate(twin.rows):
         row.reads.append((twin.saved, i))
+
+
+def let_run_whole(children: list[Segment]) -> None:
+    """Takes back that some of these segments, which have one parent, start from a twin among them."""
+    twins = {c.twin for c in children if c.twin is not None}
+    for twin in twins:
+        for row in twin.rows:
+            row.reads = [read for read in row.reads if read[0] is not twin.saved]
+        for segment in twin.resumed:
+            segment.first_block, segment.twin = 0, None
+        twin.saved, twin.resumed = None, []
+    # a twin that nobody asked for was made for them alone
+    children[:] = [c for c in children if c not in twins or c.jobs or c.children]

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import threading
+import weakref
+from collections.abc import Collection, Sequence
 
 from mia.arrays import Array
 from mia.engine import limits
 from mia.engine.checks import check_sites, check_tokens
 from mia.engine.control_vector import directions, shared_edits
 from mia.engine.decode import ATTEMPTS, Restart, always_new_graph
+from mia.engine.finite import may_hide, unread_edits
 from mia.engine.graph import Topology
 from mia.engine.jobs import Job, resolve
 from mia.engine.plan import build
 from mia.engine.runner import Runner
 from mia.engine.session import Session, Sessions
+from mia.errors import MiaError, UsageError
 from mia.llama import LlamaModel
 from mia.progress import Progress
 from mia.request import Request, Result
 from mia.sites import BY_KEY, Site
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _turns_of_a_child() -> None:
+    """In a forked process: a thread that had the turn does not exist there."""
+    for engine in _engines:
+        if not engine._is_inside:
+            engine._turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_turns_of_a_child)
 
 
 class Engine:
@@ -36,16 +54,26 @@ class Engine:
         default on, except with an f32 cache, whose keys and values it would round to f16."""
         self._model, self._n_ctx = model, n_ctx
         self._flash = kv_type != "f32" if flash is None else flash
+        #: blocks in which llama.cpp's control vector is an edit at the end (`Model.site_checks`)
+        self.blocks_with_vector: Collection[int] = range(1, model.n_layer)
         self.sessions = Sessions(model, kv_type=kv_type, threads=threads)
+        # The lock of the threads' turns is all that says who is inside: Ctrl-C can fall between any two
+        # lines of Python, and a note of ours would stay.
+        self._turn = threading.RLock()
+        _engines.add(self)
 
     def run(self, requests: Sequence[Request], *, progress: Progress | None = None) -> list[Result]:
         """The results, in the order of the requests. See `Model.run`."""
-        if not requests:
-            return []
+        self._check_outside()
+        with self._turn:
+            return self._run(requests, progress) if requests else []
+
+    def _run(self, requests: Sequence[Request], progress: Progress | None) -> list[Result]:
+        self._check_open()
         model = self._model
         # 1. Requests become jobs: sites parsed, indices resolved. If all of them are steered
         #    alike, llama.cpp's control vector does it, and the jobs have no edits left.
-        steering = shared_edits(requests, model.n_layer)
+        steering = shared_edits(requests, model.n_layer, self.blocks_with_vector)
         edits = () if steering else None
         jobs = [resolve(i, r, model.n_layer, edits) for i, r in enumerate(requests)]
         check_tokens(jobs, n_ctx=self._n_ctx, n_vocab=model.n_vocab)
@@ -61,7 +89,22 @@ class Engine:
 
     def topology(self, *, fused: bool = True) -> Topology:
         """The graph of this model. With `fused` False it has the attention patterns too."""
-        return self.sessions.get(callback=True, flash=fused and self._flash).topology
+        flash = fused and self._flash
+        if self._is_inside and (session := self.sessions.open.get((True, flash))) is not None:
+            return session.topology  # asked by a callback of a run: the graph is known
+        self._check_outside()
+        with self._turn:
+            self._check_open()
+            return self.sessions.get(callback=True, flash=flash).topology
+
+    def _check_open(self) -> None:
+        if not self._model.handle:
+            raise UsageError("the model is closed")
+
+    @property
+    def fuses(self) -> bool:
+        """Whether runs that read no attention patterns use fused attention."""
+        return self._flash
 
     def session_for(self, sites: set[Site], *, n_cells: int, n_sequences: int) -> Session:
         """A session that can edit and capture at `sites`. Attention patterns are nodes only
@@ -85,7 +128,24 @@ class Engine:
         return max(longest, min(sum(job.n_total for job in jobs), most)) + 1
 
     def close(self) -> None:
-        self.sessions.close()
+        """Frees the contexts and the model, after the run that is under way."""
+        self._check_outside()
+        with self._turn:
+            self.sessions.close()
+            self._model.close()
+
+    @property
+    def _is_inside(self) -> bool:
+        """Whether this thread is in a run already, and a metric or an edit's function asks."""
+        return bool(self._turn._is_owned())  # type: ignore[attr-defined]
+
+    def _check_outside(self) -> None:
+        """Waiting for one's own run would never end."""
+        if self._is_inside:
+            raise UsageError(
+                "the model is in the middle of a run: a metric, an edit's function, a hook or a "
+                "progress callback cannot run or close it; do that when the run is over"
+            )
 
 
 class _Task:
@@ -129,20 +189,41 @@ class _Task:
             share=share,
             n_layer=context.model.n_layer,
             n_ubatch=context.params.n_ubatch,
-            skip_blocks=any(job.edits for job in jobs),
+            n_sequences=n_sequences,
+            skip_blocks=any(job.edits for job in jobs) and session.topology.has_residuals,
             output_sites=output_sites,
         )
+        if len(jobs) > 1 and any(s.sequences > n_sequences for s in segments):
+            middle = len(jobs) // 2  # too many forks of forks for one run
+            return [*self.run(jobs[:middle], share=True), *self.run(jobs[middle:], share=True)]
         # 5. The runner decodes segment after segment; the answers fill.
         runner = Runner(session, jobs, budget=budget, n_sequences=n_sequences, on_done=self._count)
         context.set_control_vector(self._vector)
+        if session.unread_edits:
+            context.clear(data=True)  # see finite.py
+        session.unread_edits = unread_edits(jobs)
+        n_done, apart = self._n_done, list[Job]()
         try:
             runner.run(segments)
-        except BaseException:
+        except BaseException as err:
             context.clear(data=True)  # see finite.py
-            raise
+            if isinstance(err, MiaError) and len(jobs) > 1:
+                apart = [job for job in jobs if may_hide(job)]
+            if not apart:
+                raise
         finally:
             runner.close()
+        if apart:
+            self._n_done = n_done
+            return self._run_apart(jobs, apart)
         return [answer.result for answer in runner.answers.values()]
+
+    def _run_apart(self, jobs: Sequence[Job], apart: Sequence[Job]) -> list[Result]:
+        """Runs some jobs by themselves: what an edit of theirs hides may have spoilt the others."""
+        rest = [job for job in jobs if job not in apart]
+        results = dict(zip(rest, self.run(rest, share=True), strict=True)) if rest else {}
+        results.update((job, self.run([job], share=True)[0]) for job in apart)
+        return [results[job] for job in jobs]
 
     def _count(self) -> None:
         self._n_done += 1

@@ -221,7 +221,7 @@ class Runner:
         for over in self.ledger.close(branch):
             del self._branches[over.segment]
             for job in over.segment.jobs:
-                self.answers[job].finish()
+                self.answers[job].finish(self.context.params.kv_type)
                 self._on_done()
 
     # -- generation ----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mia.engine import limits
@@ -27,8 +28,11 @@ class Variant:
 class Session:
     """A context together with what is known of its graphs."""
 
-    def __init__(self, context: Context):
-        self.context = context
+    def __init__(self, context: Context, refused: Mapping[Site, str]):
+        """`refused`: sites that are not what they say, and why."""
+        self.context, self._refused = context, refused
+        #: whether the last run may have left numbers that are not finite (see finite.py)
+        self.unread_edits = False
         #: the graph that is expected first
         self.variants: list[Variant] = []
         self._with_outputs = True
@@ -42,10 +46,12 @@ class Session:
         return self.variants[0].topology
 
     def _scout(self) -> None:
-        """Shows the tracer the graph, by a decode of two tokens that computes nothing."""
-        self.context.decode([0, 0], [0, 1], [0, 0], [True, True])
-        self.context.clear()
-        self.learn()
+        """Shows the tracer both graphs, by decodes of two tokens that compute nothing."""
+        for with_outputs in (False, True):
+            self.turn_to(with_outputs)
+            self.context.decode([0, 0], [0, 1], [0, 0], [with_outputs] * 2)
+            self.learn(2)
+            self.context.clear()
 
     def turn_to(self, with_outputs: bool) -> None:
         """Expects the graph that was last seen for batches with, or without, outputs: llama.cpp
@@ -55,23 +61,33 @@ class Session:
         if variant is not None and variant in self.variants:
             self._put_first(variant)
 
-    def learn(self) -> None:
-        """Expects the graph that the tracer has just seen."""
+    def learn(self, n_tokens: int) -> None:
+        """Expects the graph that the tracer has just seen, of a batch of so many tokens."""
         assert self.context.tracer is not None
         addrs = list(self.context.tracer.seen)
         variant = next((v for v in self.variants if v.addrs == addrs), None)
         if variant is None:
-            variant = Variant(addrs, self._topology_of(addrs))
+            variant = Variant(addrs, self._topology_of(addrs, n_tokens))
         self._last[self._with_outputs] = variant
         self._put_first(variant)
 
-    def _topology_of(self, addrs: list[int]) -> Topology:
+    def _topology_of(self, addrs: list[int], n_tokens: int) -> Topology:
         nodes = [describe(a) for a in addrs]
         for variant in self.variants:
             if variant.topology.same_as(nodes):
                 return variant.topology
         model = self.context.model
-        return Topology(nodes, n_layer=model.n_layer, n_head=model.n_head)
+        topology = Topology(
+            nodes,
+            n_layer=model.n_layer,
+            n_head=model.n_head,
+            n_tokens=n_tokens,
+            refused=self._refused,
+        )
+        for node in nodes:  # looked at now, as a topology may outlive the memory that it is of
+            for source in node.src:
+                topology.node(source)
+        return topology
 
     def _put_first(self, variant: Variant) -> None:
         if not self.variants or self.variants[0] is not variant:
@@ -82,9 +98,15 @@ class Session:
         """Raises `SiteError` naming the sites that this graph has."""
         node = self.topology.sites.get(site)
         if node is None:
-            have = ", ".join(sorted({s.name for s in self.topology.sites}))
-            raise SiteError(f"this model has no site {site}; it has {have}")
+            raise SiteError(self.topology.absence(site))
         return node
+
+    def refuse(self, refused: Mapping[Site, str]) -> None:
+        """Takes sites back, in every graph."""
+        self._refused = refused
+        for variant in self.variants:
+            for site, why in refused.items():
+                variant.topology.refuse(site, why)
 
     def close(self) -> None:
         self.context.close()
@@ -95,6 +117,7 @@ class Sessions:
 
     def __init__(self, model: LlamaModel, *, kv_type: str, threads: int):
         self._model, self._kv_type, self._threads = model, kv_type, threads
+        self._refused: Mapping[Site, str] = {}
         #: (callback, flash) -> the session, the one used last at the end
         self.open: dict[tuple[bool, bool], Session] = {}
 
@@ -123,9 +146,16 @@ class Sessions:
                 threads=self._threads,
                 callback=callback,
             )
-            session = Session(Context(self._model, params))
+            session = Session(Context(self._model, params), self._refused)
         self.open[key] = session
+        session.turn_to(True)  # the graph that has every site is the one that is asked
         return session
+
+    def refuse(self, refused: Mapping[Site, str]) -> None:
+        """Takes sites back that are not what they say, in every session from now on."""
+        self._refused = refused
+        for session in self.open.values():
+            session.refuse(refused)
 
     def close(self) -> None:
         for session in self.open.values():

@@ -15,15 +15,15 @@ from mia.arrays import Array, IntArray
 from mia.edits import Edit, as_slice
 from mia.engine.answers import Buffer
 from mia.engine.batch import Span
+from mia.engine.experts import check_router, edit_weights, weights_by_expert
 from mia.engine.finite import check_edited
 from mia.engine.graph import SiteNode
 from mia.engine.jobs import Read
 from mia.engine.patterns import Patterns
 from mia.engine.segments import Row
 from mia.engine.session import Session
-from mia.errors import EngineError
 from mia.llama import host_array, read_array, rows_of
-from mia.sites import Site
+from mia.sites import ROUTERS, Site
 
 #: what to do at a node, given its address
 Action = Callable[[int], None]
@@ -60,7 +60,7 @@ class Visits:
         and captures that go one row further."""
         self.rows = rows
         if self._patterns is not None:
-            self._patterns.rows = rows
+            self._patterns.go_on(rows)
         for target in self._targets:
             target.shift()
 
@@ -114,7 +114,8 @@ class Visits:
             action: Action = partial(self._patterns.edit, edit, site, batch_rows)
         else:
             node_rows = self._output_index[batch_rows] if node.outputs_only else batch_rows
-            action = partial(_edit, edit, site, node, node_rows, value_rows)
+            change = _edit_weights if node.layout == "chosen" else _edit
+            action = partial(change, self._session, edit, site, node, node_rows, value_rows)
         self._on(node.index, action)
 
     def _add_read(self, buffer: Buffer, batch_rows: IntArray, target: _Target) -> None:
@@ -128,7 +129,7 @@ class Visits:
                 action: Action = partial(self._capture_pattern, buffer, site, batch_rows, target)
             else:
                 node_rows = output_rows if node.outputs_only else rows
-                action = partial(_capture, buffer, site, node, node_rows, target)
+                action = partial(_capture, self._session, buffer, site, node, node_rows, target)
             self._on(node.index, action)
 
     def _capture_pattern(
@@ -155,15 +156,43 @@ class _Target:
 
 
 def _edit(
-    edit: Edit, site: Site, node: SiteNode, node_rows: IntArray, value_rows: IntArray, addr: int
+    session: Session,
+    edit: Edit,
+    site: Site,
+    node: SiteNode,
+    node_rows: IntArray,
+    value_rows: IntArray,
+    addr: int,
 ) -> None:
     with rows_of(addr, write=True) as a:
         rows = _shaped(a, node, edit.heads is not None)
         edit.apply(rows, node_rows, value_rows)
+        if site.name in ROUTERS:
+            check_router(session, site, rows[as_slice(node_rows)])
+        else:
+            check_edited(rows[as_slice(node_rows)], site)
+        if not np.may_share_memory(rows, a):  # heads that do not lie side by side
+            a[0] = rows.reshape(a.shape[1:])
+
+
+def _edit_weights(
+    session: Session,
+    edit: Edit,
+    site: Site,
+    node: SiteNode,
+    node_rows: IntArray,
+    value_rows: IntArray,
+    addr: int,
+) -> None:
+    def change(rows: Array) -> None:
+        edit.apply(rows, node_rows, value_rows)
         check_edited(rows[as_slice(node_rows)], site)
+
+    edit_weights(session, node, addr, change)
 
 
 def _capture(
+    session: Session,
     buffer: Buffer,
     site: Site,
     node: SiteNode,
@@ -171,18 +200,17 @@ def _capture(
     target: _Target,
     addr: int,
 ) -> None:
-    a = host_array(addr)
-    if a is None:
-        a = read_array(addr)
-    rows = _shaped(a, node, False)
+    if node.layout == "chosen":
+        rows = weights_by_expert(session, node, addr)
+    else:
+        a = host_array(addr)
+        rows = _shaped(read_array(addr) if a is None else a, node, False)
     buffer.array(site, rows.shape[1:])[target.index] = rows[node_rows]
 
 
 def _shaped(a: Array, node: SiteNode, by_head: bool) -> Array:
-    """A node's array (4 axes) as (n_rows, width), or (n_rows, n_head, head_dim); never a copy."""
+    """A node's array (4 axes) as (n_rows, width), or (n_rows, n_head, head_dim); a copy where its
+    heads do not lie side by side."""
     rows = a[0] if node.layout == "heads" else a[0, 0]
     shape = node.shape if by_head else (-1,)
-    out = rows.reshape(rows.shape[0], *shape)
-    if not np.may_share_memory(out, a):
-        raise EngineError("a site's tensor has an unexpected layout")
-    return out
+    return rows.reshape(rows.shape[0], *shape)

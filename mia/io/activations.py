@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mia.arrays import Array
+from mia.arrays import Array, norms
 from mia.edits import Tokens, resolve_tokens
 from mia.errors import FileError, UsageError
-from mia.io.files import read_safetensors, write_whole
+from mia.io.files import read_npy, read_safetensors, write_npy, write_safetensors
+from mia.io.kinds import refuse_other_kind
 from mia.ranges import compact
 from mia.show.report import Report
 from mia.sites import KINDS, Site, parse, split_spelling
@@ -80,7 +81,7 @@ class Activations(Report):
         """The prompt's token ids, empty where a file does not say."""
         if self.prompt:
             return [t.id for t in self.prompt]
-        return list(json.loads(self.metadata.get("tokens", "[]")))
+        return _ids(self.metadata.get("tokens", "[]"), self.source)
 
     @property
     def sites(self) -> list[Site]:
@@ -145,6 +146,8 @@ class Activations(Report):
         if not 0 <= head < n:
             raise UsageError(f"there is no head {head} at {kind.name}; there are 0 to {n - 1}")
         rows = self.at(Site(kind.name, layer))
+        if rows.shape[-1] % n:
+            raise UsageError(f"{self.source}: {n} heads do not fill a row of {rows.shape[-1]}")
         return rows.reshape(len(rows), n, -1)[:, head]
 
     def stack(self) -> Array:
@@ -191,6 +194,8 @@ class Activations(Report):
     # -- showing -----------------------------------------------------------------------
 
     def document(self) -> dict[str, Any]:
+        from mia.show.text import rounded
+
         return {
             "model": None if self.facts is None else self.facts.document(),
             "tokens": [t.document() for t in self.prompt],
@@ -199,6 +204,10 @@ class Activations(Report):
                 {"site": k, "shape": list(a.shape), "dtype": "float32"}
                 for k, a in self.arrays.items()
             ],
+            # over all tokens: two captures that differ are seen to
+            "norms": {
+                k: rounded(np.linalg.norm(a.astype(np.float64))) for k, a in self.arrays.items()
+            },
         }
 
     def plain(self) -> str:
@@ -210,8 +219,8 @@ class Activations(Report):
         """For each site and token the norm of its row."""
         out = []
         for name, a in self.arrays.items():
-            norms = np.linalg.norm(a.reshape(len(a), -1), axis=1)
-            for i, norm in zip(self.positions, norms.tolist(), strict=False):
+            lengths = norms(a.reshape(len(a), -1))
+            for i, norm in zip(self.positions, lengths.tolist(), strict=False):
                 piece = self.prompt[i].text if i < len(self.prompt) else ""
                 out.append({"site": name, "token_index": i, "text": piece, "norm": norm})
         return out
@@ -238,10 +247,7 @@ class Activations(Report):
         if Path(path).suffix == ".npy":
             self._save_npy(path)
             return
-        from safetensors.numpy import save_file
-
-        arrays = {k: np.ascontiguousarray(v, np.float32) for k, v in self.arrays.items()}
-        write_whole(path, lambda p: save_file(arrays, p, metadata=self.metadata))
+        write_safetensors(path, self.arrays, self.metadata)
 
     def _save_npy(self, path: str | Path) -> None:
         if len(self.arrays) != 1:
@@ -249,12 +255,7 @@ class Activations(Report):
                 f"{path}: a .npy holds one site, not {len(self.arrays)}; name it .safetensors"
             )
         (array,) = self.arrays.values()
-
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as f:  # np.save would add a suffix to a bare name
-                np.save(f, array)
-
-        write_whole(path, write)
+        write_npy(path, array)
 
 
 def _site(name: str) -> Site:
@@ -273,27 +274,53 @@ def load(path: str | Path) -> Activations:
 
     Raises `FileError` where it is none, or holds numbers that are not finite."""
     path = Path(path)
-    if not path.is_file():
-        raise FileError(f"there is no file {path}")
-    if path.suffix == ".npy":
-        activations = Activations({"": _read_npy(path)}, {}, str(path))
-    else:
-        arrays, metadata = read_safetensors(path)
-        rows = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
-        activations = Activations(rows, metadata, str(path))
-    for name, array in activations.arrays.items():
-        if array.ndim < 2 or not np.isfinite(array).all():
-            what = "has no rows" if array.ndim < 2 else "has numbers that are not finite"
+    refuse_other_kind(path, "capture")
+    arrays, metadata = ({"": _npy_rows(path)}, {}) if path.suffix == ".npy" else _stored(path)
+    for name, array in arrays.items():
+        if array.ndim < 2 or not array.size or not np.isfinite(array).all():
+            wrong = "has numbers that are not finite" if array.size else "is empty"
+            what = wrong if array.ndim >= 2 else "has no rows"
             raise FileError(f"{path}: {name or 'the array'} {what}")
-    return activations
+    return Activations(arrays, metadata, str(path))
 
 
-def _read_npy(path: Path) -> Array:
+def _npy_rows(path: Path) -> Array:
     """(n_tokens, width) of a file; a single row is one token."""
+    array = np.atleast_2d(read_npy(path))
+    if array.ndim > 2:
+        raise FileError(f"{path}: its shape is {array.shape}, not (n_tokens, width)")
+    return array
+
+
+def _stored(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Arrays and metadata of a safetensors file, checked."""
+    arrays, metadata = read_safetensors(path)
+    rows: dict[str, Array] = {}
+    for name, array in arrays.items():
+        try:
+            site = _site(name)
+        except UsageError as err:
+            raise FileError(f"{path} is not a file of activations: {err}") from err
+        if site.layer is not None and site.layer >= _MANY_LAYERS // 2:  # counted from the end
+            raise FileError(f"{path} is not a file of activations: {name!r:.60} names no layer")
+        key = str(site)
+        if key in rows:
+            raise FileError(f"{path} has {key} twice")
+        with np.errstate(over="ignore", invalid="ignore"):  # what is infinite is refused
+            rows[key] = np.asarray(array, np.float32)
+    for key in ("n_layer", "n_embd", "n_head", "n_head_kv"):
+        if key in metadata and not (metadata[key].isdecimal() and len(metadata[key]) < 10):
+            raise FileError(f"{path}: its {key} is {metadata[key]!r:.60}, not a whole number")
+    _ids(metadata.get("tokens", "[]"), path)
+    return rows, metadata
+
+
+def _ids(text: str, path: str | Path) -> list[int]:
+    """Token ids as a file's metadata writes them. Raises `FileError`."""
     try:
-        array = np.atleast_2d(np.load(path, allow_pickle=False))
-        if array.ndim > 2:
-            raise ValueError(f"its shape is {array.shape}, not (n_tokens, width)")
-        return array.astype(np.float32)
-    except Exception as err:
-        raise FileError(f"{path} is not a .npy array: {err}") from err
+        ids = json.loads(text)
+    except (ValueError, RecursionError):
+        ids = None
+    if not isinstance(ids, list) or any(type(i) is not int for i in ids):
+        raise FileError(f"{path}: its tokens are {text!r:.60}, not a list of token ids")
+    return ids

@@ -6,17 +6,22 @@ hash of the tokenizer and whatever arguments made the file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mia.io.files import file_sha256
 from mia.notices import notice
-from mia.ranges import compact, indices
+from mia.ranges import compact
+
+if TYPE_CHECKING:
+    from mia.llama.open_file import OpenFile
+    from mia.model import Model
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,12 @@ class ModelFacts:
     n_embd: int
     n_head: int
     n_head_kv: int
+    #: the file as it was opened; by default whatever has the path
+    file: OpenFile | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def sha256(self) -> str:
-        return file_sha256(self.path)
+        return file_sha256(self.path) if self.file is None else self.file.sha256()
 
     def document(self) -> dict[str, Any]:
         """The `model` entry of every document."""
@@ -84,7 +91,7 @@ def data_metadata(paths: Sequence[Path], items: Sequence[int]) -> dict[str, str]
 
 
 #: items as `compact` writes them
-_ITEMS = re.compile(r"\d+(\.\.\d+)?(,\d+(\.\.\d+)?)*")
+_ITEMS = re.compile(r"\d{1,18}(\.\.\d{1,18})?(,\d{1,18}(\.\.\d{1,18})?)*")
 
 
 # -- made elsewhere ----------------------------------------------------------------------
@@ -115,8 +122,9 @@ def warn_of_same_items(
     for source in sources:
         text = source.get("items", "")
         if sha in source.get("data_sha256", "").split() and _ITEMS.fullmatch(text):
-            learned = set(indices(text, 1 << 62))
-            overlaps.append(compact([i for i in items if i in learned]))
+            # ends, not every index: a file can say what it likes
+            ends = [[int(n) for n in part.split("..")] for part in text.split(",")]
+            overlaps.append(compact([i for i in items if any(e[0] <= i <= e[-1] for e in ends)]))
     for overlap in dict.fromkeys(filter(None, overlaps)):
         notice(f"{name} was trained on items {overlap} of this evaluation; use held-out items")
 
@@ -138,3 +146,44 @@ def warn_of_other_task(metadata: Mapping[str, str], name: str, facts: Mapping[st
             f"{name} was made with another {' and '.join(other)}: test queries may "
             "overlap its training data; use the same seed, split and known pairs"
         )
+
+
+def opened(model: Model) -> dict[str, Any]:
+    """What the document of a run says of the model that it opened."""
+    return {
+        "name": model.name,
+        "sha256": model.file_hash,
+        "file_type": model.metadata.get("general.file_type"),
+        "kv_type": model.kv_type,
+        "ctx": model.n_ctx,
+        "threads": model.threads,
+    }
+
+
+def setup() -> dict[str, Any]:
+    """What may change the last digits of a result: versions, the build of llama.cpp, whether its
+    extra weight buffers are on, the processor."""
+    from mia.llama.probe import extra_buffers_safe, processor_name
+
+    return {
+        **versions(),
+        "build": _build(),
+        "extra_buffers": extra_buffers_safe(),
+        "processor": processor_name(),
+    }
+
+
+def _build() -> str:
+    """A hash over llama.cpp's library files."""
+    from importlib.util import find_spec
+
+    from mia.io.files import file_sha256
+
+    package = find_spec("llama_cpp")
+    assert package is not None and package.origin is not None
+    folder = Path(package.origin).parent / "lib"
+    files = {p.resolve() for p in folder.glob("*") if p.is_file()}
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()[:16]

@@ -12,7 +12,7 @@ running log-sum-exp, and the logits of the tokens asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -49,9 +49,9 @@ class LogitLens:
         weights: Weights,
         *,
         architecture: str,
-        piece: Callable[[int], str] = str,
+        described: Callable[[int], dict[str, Any]] = lambda t: {"id": t, "text": str(t)},
     ):
-        """`piece`: the text of a token id, for tables.
+        """`described`: {"id": …, "text": …} of a token id, for tables.
 
         Raises `ModelError` if the graph's end has an operation that the lens does not know."""
         begin, end = Site("resid_post", topology.n_layer - 1), Site("logits")
@@ -69,7 +69,7 @@ class LogitLens:
             if isinstance(step, (Norm, Product)):
                 raise ModelError(f"the lens does not know the norm of logits of {architecture}")
             self._after.append(step)
-        self._weights, self._matrix, self._piece = weights, products[0].name, piece
+        self._weights, self._matrix, self._described = weights, products[0].name, described
         self.n_embd = topology.sites[begin].shape[0]
         self.n_vocab = topology.sites[end].shape[0]
 
@@ -92,7 +92,7 @@ class LogitLens:
         return LensTable(
             facts=activations.facts,
             tokens=activations.prompt,
-            lens=lens_rows(self.read(rows, k, norm=norm), places, self._piece),
+            lens=lens_rows(self.read(rows, k, norm=norm), places, self._described),
             n_tokens=len(activations.positions),
         )
 

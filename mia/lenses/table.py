@@ -107,7 +107,7 @@ class LensTable(Report):
         from mia.show.token_grid import token_grid
 
         grid = [self.lens[i : i + self.n_tokens] for i in range(0, len(self.lens), self.n_tokens)]
-        columns = [self.tokens[row.token_index].text for row in grid[0]]
+        columns = [self.tokens[row.token_index].label for row in grid[0]]
         name = "" if self.facts is None else f"{self.facts.name} · "
         figure = token_grid(
             [[cell.top[0]["text"] for cell in row] for row in grid],
@@ -124,7 +124,7 @@ class LensTable(Report):
         from rich.table import Table
         from rich.text import Text
 
-        pieces = [visible(t.text) for t in self.tokens]
+        pieces = [visible(t.label) for t in self.tokens]
         texts = [visible(t["text"]) for r in self.lens for t in r.top]
         fixed = (
             max((len(r.site) for r in self.lens), default=0)
@@ -165,19 +165,19 @@ class LensTable(Report):
 def lens_rows(
     read: Readout,
     places: Sequence[tuple[str, Site, int]],
-    piece: Callable[[int], str],
+    described: Callable[[int], dict[str, Any]],
 ) -> list[LensRow]:
     """Rows of a readout.
 
     Args:
         places: (label, site, token index) of each row read.
-        piece: the text of a token id.
+        described: {"id": …, "text": …} of a token id.
     """
-    pieces = {int(t): piece(int(t)) for t in set(read.ids.ravel().tolist())}
+    tokens = {int(t): described(int(t)) for t in set(read.ids.ravel().tolist())}
     rows = []
     for n, (label, site, i) in enumerate(places):
         top = [
-            {"id": t, "text": pieces[t], "logit": round(z, 4), "prob": round(p, 6)}
+            {**tokens[t], "logit": round(z, 4), "prob": round(p, 6)}
             for t, z, p in zip(
                 read.ids[n].tolist(), read.logits[n].tolist(), read.probs[n].tolist(), strict=True
             )

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mia.llama.context import CACHE_TYPES, Context, ContextParams
     from mia.llama.convert import FILE_TYPES, convert_file
+    from mia.llama.gguf_file import FileTensor
     from mia.llama.gguf_tensors import (
-        FileTensor,
         dequantize,
         file_strings,
         file_tensors,
@@ -32,7 +32,7 @@ _MODULES = {
     "FILE_TYPES": "convert",
     "Context": "context",
     "ContextParams": "context",
-    "FileTensor": "gguf_tensors",
+    "FileTensor": "gguf_file",
     "LlamaModel": "model",
     "Node": "tensors",
     "Sampler": "sampler",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes as C
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mia.arrays import Array
-from mia.errors import EngineError
+from mia.errors import EngineError, UsageError
+from mia.llama.c_numbers import MAX_THREADS, UINT32, c_int
+from mia.llama.lifetime import Owned
 from mia.llama.model import LlamaModel
 from mia.llama.tensors import array_at, forget_arrays
 from mia.llama.tracer import Tracer
@@ -45,9 +44,10 @@ class Context:
         self.model, self.params, self.lib = model, params, model.lib
         L = self.lib.L
         p = L.llama_context_default_params()
-        p.n_ctx, p.n_batch, p.n_ubatch = params.n_ctx, params.n_ubatch, params.n_ubatch
+        n_ctx = c_int(params.n_ctx, "the number of cells", 1, UINT32[1])
+        p.n_ctx, p.n_batch, p.n_ubatch = n_ctx, params.n_ubatch, params.n_ubatch
         p.n_seq_max = params.n_seq
-        p.n_threads = p.n_threads_batch = params.threads
+        p.n_threads = p.n_threads_batch = c_int(params.threads, "threads", 1, MAX_THREADS)
         p.flash_attn_type = 1 if params.flash else 0
         p.type_k = p.type_v = CACHE_TYPES[params.kv_type]
         p.kv_unified = True
@@ -57,11 +57,18 @@ class Context:
         if self.tracer is not None:
             p.cb_eval = self.tracer.callback
             p.cb_eval_user_data = self.tracer.user_data
-        self.handle = L.llama_init_from_model(model.handle, p)
-        if not self.handle:
+        self._decoding = False
+        self._owned: Owned | None = self.lib.call(
+            L.llama_init_from_model,
+            model.handle,
+            p,
+            threads=params.threads,
+            wrap=lambda handle: Owned(self.lib, handle, _free(L), model.owned) if handle else None,
+        )
+        if self._owned is None:
             why = self.lib.last_error()
             raise EngineError(f"llama.cpp cannot open a context of {params.n_ctx} tokens: {why}")
-        self.memory = L.llama_get_memory(self.handle)
+        self._memory = L.llama_get_memory(self.handle)
         self.n_ctx = int(L.llama_n_ctx(self.handle))
         self._n_outputs = 0
         self._directions: Array | None = None
@@ -89,12 +96,26 @@ class Context:
             ptr(self._outputs, C.c_int8),
         )
 
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's context. Raises `UsageError` after `close()`."""
+        if self._owned is None:
+            raise UsageError("this model is closed; open it again to use it")
+        return self._owned.get("model")
+
+    @property
+    def memory(self) -> Any:
+        """llama.cpp's KV cache. Raises `UsageError` after `close()`."""
+        return self.handle and self._memory
+
     def close(self) -> None:
-        if self.handle:
-            self.lib.L.llama_free(self.handle)
-            self.handle = None
+        """Raises `UsageError` while it decodes: in a function of an edit, or in another thread."""
+        if self._decoding:
+            raise UsageError("the model is running; it can be closed when the run is over")
+        if self._owned is not None:
+            self._owned.close()
+            self._owned = None
             self._logits = 0, np.empty((0, 0), np.float32)
-            forget_arrays()
 
     def clear(self, data: bool = False) -> None:
         """Forgets all cells; `data` also overwrites with zeros what they held."""
@@ -124,7 +145,7 @@ class Context:
             (1, 1), np.nan, np.float32
         )  # equals nothing, should this be cut short
         if directions is None:
-            L.llama_set_adapter_cvec(self.handle, None, 0, n_embd, -1, -1)
+            self.lib.call(L.llama_set_adapter_cvec, self.handle, None, 0, n_embd, -1, -1)
             self._directions = None
             return
         data = np.array(directions, np.float32)
@@ -132,7 +153,8 @@ class Context:
         # each block in the range gets an addition, whether there is something to add or not
         used = np.flatnonzero(data.any(1)) + 1
         size, ends = data.size, (int(used[0]), int(used[-1]))
-        if L.llama_set_adapter_cvec(self.handle, pointer, size, n_embd, *ends) != 0:
+        set_vector = L.llama_set_adapter_cvec
+        if self.lib.call(set_vector, self.handle, pointer, size, n_embd, *ends) != 0:
             raise EngineError(f"llama.cpp refuses the control vector: {self.lib.last_error()}")
         self._directions = data
 
@@ -158,15 +180,26 @@ class Context:
         batch.n_tokens = n
         self._n_outputs = int(np.count_nonzero(self._outputs[:n]))
         tracer, expected = self.tracer, True
-        if tracer is None:
-            code = L.llama_decode(self.handle, batch)
-        else:
-            tracer.begin()
-            with _interrupt_to(tracer.stop):
-                code = L.llama_decode(self.handle, batch)
-            expected = tracer.end()
-            if tracer.error is not None:
-                raise tracer.error
+        handle, threads = self.handle, self.params.threads
+        self.model.file.check()  # bytes that were cut away would be SIGBUS
+        self._decoding = True
+        try:
+            if tracer is None:
+                code = self.lib.call(L.llama_decode, handle, batch, threads=threads)
+            else:
+                ended = tracer.end  # whatever stops the decode: it gives nodes their flags back
+
+                def end(code: int) -> tuple[int, bool]:
+                    return code, ended()
+
+                tracer.begin()
+                code, expected = self.lib.call(
+                    L.llama_decode, handle, batch, threads=threads, stop=tracer.stop, wrap=end
+                )
+                if tracer.error is not None:
+                    raise tracer.error
+        finally:
+            self._decoding = False
         if code == 1:
             raise EngineError(f"the context of {self.n_ctx} tokens is full")
         if code != 0:
@@ -187,19 +220,9 @@ class Context:
         return array
 
 
-@contextlib.contextmanager
-def _interrupt_to(stop: Callable[[BaseException], None]) -> Iterator[None]:
-    """Ctrl-C during a decode must not become an exception inside a C callback, which Python
-    can only print: it ends the decode, and is raised after it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = signal.getsignal(signal.SIGINT)
-    if old is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda *_: stop(KeyboardInterrupt()))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, old)
+def _free(L: Any) -> Callable[[Any], None]:
+    def free(handle: Any) -> None:
+        L.llama_free(handle)
+        forget_arrays()
+
+    return free

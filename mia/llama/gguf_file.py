@@ -6,23 +6,27 @@ Plain Python and a memory map: this needs neither llama.cpp nor numpy.
 from __future__ import annotations
 
 import mmap
-import os
 import re
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import repeat
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from mia.errors import ModelError
+from mia.errors import ModelError, did_you_mean
+from mia.io.files import read_at
 
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _FOREIGN = {b"vers": ", a git-lfs pointer: git lfs pull", b"<!DO": ", a web page"}
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # kind: bytes
+_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+TOKENS = "tokenizer.ggml.tokens"
 # ggml type: elements and bytes of a block
-_BLOCKS = {
+BLOCKS = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
     9: (32, 40), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),
     15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18),
@@ -32,25 +36,38 @@ _BLOCKS = {
 }  # fmt: skip
 
 
-def check_gguf(path: str | os.PathLike[str]) -> None:
-    """Checks that a GGUF file, or each part of a split one, is as long as its tensor table says.
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """A tensor of a GGUF file: where its bytes begin, ggml's type, `ne` innermost first."""
 
-    Only the header is read, which takes milliseconds. llama.cpp itself crashes on a file that
-    is cut short, or gives an error that does not say so.
+    name: str
+    offset: int
+    type: int
+    ne: tuple[int, ...]
 
-    Raises:
-        ModelError: missing, unreadable, empty, not GGUF, of another version, cut
-            short, damaged, or a split model without all its parts.
+
+@dataclass(frozen=True, slots=True)
+class ArrayValue:
+    """An array of the metadata: the type of its elements, how many, and where they begin."""
+
+    kind: int
+    count: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What stands before the tensors' bytes.
+
+    Attributes:
+        values: the metadata; texts as bytes, arrays as `ArrayValue`. The vocabulary is a list of
+            texts if the file is checked.
+        needed: how long the file must be to hold its last tensor.
     """
-    first = Path(path)
-    parts = split_parts(first)
-    if first.name != parts[0].name:
-        raise ModelError(f"{first} is a later part of a split model: give {parts[0].name}")
-    existing(first)
-    for part in filter(is_file, parts):
-        _check_part(part)
-    if missing := [part.name for part in parts if not is_file(part)]:
-        raise ModelError(f"{first} is one of {len(parts)} parts; missing: {', '.join(missing)}")
+
+    values: dict[str, Any]
+    tensors: list[FileTensor]
+    needed: int
 
 
 def split_names(file: str) -> list[str]:
@@ -63,53 +80,104 @@ def split_parts(path: Path) -> list[Path]:
     return [path.with_name(name) for name in split_names(path.name)]
 
 
-def _check_part(path: Path) -> None:
+def read_header(file: int, path: Path, *, check: Callable[[Header], None] | None = None) -> Header:
+    """The header of a GGUF file.
+
+    Args:
+        file: its descriptor.
+        path: what errors call it.
+        check: raises `ValueError` for values that llama.cpp cannot take; it has the tokens' texts.
+
+    Raises:
+        ModelError: it is not GGUF, cut short or damaged.
+    """
+    magic = read_at(file, 0, 4)
+    if not magic:
+        raise ModelError(f"{path} is empty")
+    if magic != b"GGUF":
+        what = _FOREIGN.get(magic, "")
+        raise ModelError(f"{path} is not a GGUF file: it starts with {magic!r}{what}")
     try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-            if not magic:
-                raise ModelError(f"{path} is empty")
-            if magic != b"GGUF":
-                what = _FOREIGN.get(magic, "")
-                raise ModelError(f"{path} is not a GGUF file: it starts with {magic!r}{what}")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                size, needed = len(data), _needed_bytes(data)
+        with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as data:
+            size, header = len(data), _parse(data, with_tokens=check is not None)
+            if check is not None and size >= header.needed:
+                check(header)
     except (struct.error, OverflowError) as error:  # the walk ran past the end
         raise ModelError(f"{path} is cut short: its header has no end, get it again") from error
     except ValueError as error:
         raise ModelError(f"{path} cannot be used: {error}") from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-    if size < needed:
-        lack = f"{size:,} bytes of the {needed:,} that its tensors need"
+    if size < header.needed:
+        lack = f"{size:,} bytes of the {header.needed:,} that its tensors need"
         raise ModelError(f"{path} is cut short: {lack}, get it again")
+    return header
 
 
-def _needed_bytes(data: mmap.mmap) -> int:
-    """How long the file must be to hold its last tensor. Raises ValueError if it makes no sense."""
+def _parse(data: mmap.mmap, *, with_tokens: bool) -> Header:
+    """`with_tokens`: the vocabulary's texts in place of its `ArrayValue`.
+
+    Raises ValueError if it makes no sense, struct.error or OverflowError past the end."""
     u32 = struct.Struct("<I").unpack_from
     version, n_tensors, n_values = struct.unpack_from("<IQQ", data, 4)
     if version not in (2, 3):
         big = version in (2 << 24, 3 << 24)
         raise ValueError("it is big-endian" if big else f"GGUF version {version}, not 2 or 3")
     pos, alignment = 24, 32
+    values: dict[str, Any] = {}
     for _ in repeat(None, n_values):
         end = _name_end(data, pos)
         (kind,) = u32(data, end)
-        if data[pos + 8 : end] == b"general.alignment":
+        name = data[pos + 8 : end].decode(errors="replace")
+        values[name] = _value(data, end + 4, kind)
+        if with_tokens and name == TOKENS and _is_texts(values[name]):
+            values[name], pos = _texts(data, values[name])
+        else:
+            pos = _value_end(data, end + 4, kind)
+        if name == "general.alignment":
             alignment = u32(data, end + 4)[0] or 1
-        pos = _value_end(data, end + 4, kind)
+    rows: list[tuple[str, int, int, tuple[int, ...]]] = []
     needed = 0
     for _ in repeat(None, n_tensors):
-        pos = _name_end(data, pos)
+        end = _name_end(data, pos)
+        name, pos = data[pos + 8 : end].decode(errors="replace"), end
         (n_dims,) = u32(data, pos)
         if n_dims > 4:
             raise ValueError(f"it is damaged, a tensor has {n_dims} dimensions")
         *dims, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", data, pos + 4)
         pos += 16 + 8 * n_dims
-        elements, n_bytes = _BLOCKS.get(kind, (1 << 64, 1))  # of a newer type: count nothing
+        elements, n_bytes = BLOCKS.get(kind, (1 << 64, 1))  # of a newer type: count nothing
         needed = max(needed, offset + prod(dims) // elements * n_bytes)
-    return -(-pos // alignment) * alignment + needed if n_tensors else pos
+        rows.append((name, offset, kind, (*dims, *[1] * (4 - n_dims))))
+    if not n_tensors:
+        return Header(values, [], pos)
+    start = -(-pos // alignment) * alignment
+    tensors = [FileTensor(name, start + offset, kind, ne) for name, offset, kind, ne in rows]
+    return Header(values, tensors, start + needed)
+
+
+def _value(data: mmap.mmap, pos: int, kind: int) -> Any:
+    if kind == _ARRAY:
+        kind, count = struct.unpack_from("<IQ", data, pos)
+        return ArrayValue(kind, count, pos + 12)
+    if kind == _STRING:
+        (length,) = struct.unpack_from("<Q", data, pos)
+        return data[pos + 8 : pos + 8 + length]
+    if kind not in _CODES:
+        raise ValueError(f"it is damaged, a value has the unknown type {kind}")
+    return struct.unpack_from(f"<{_CODES[kind]}", data, pos)[0]
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, ArrayValue) and value.kind == _STRING
+
+
+def _texts(data: mmap.mmap, array: ArrayValue) -> tuple[list[bytes], int]:
+    """The texts of an array, and where it ends."""
+    pos, length, texts = array.start, struct.Struct("<Q").unpack_from, []
+    for _ in repeat(None, array.count):
+        start = pos + 8
+        pos = start + length(data, pos)[0]
+        texts.append(data[start:pos])
+    return texts, pos
 
 
 def _name_end(data: mmap.mmap, pos: int) -> int:
@@ -139,7 +207,7 @@ def existing(path: Path) -> Path:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        hint = near(path.name, (other.name for other in path.parent.glob("*.gguf")), 0.8)
+        hint = did_you_mean(path.name, (other.name for other in path.parent.glob("*.gguf")), 0.8)
         if path.suffix != ".gguf" and not path.is_absolute():
             hint = " (a repo of a hub needs an entry in models.toml, with repo and file)"
         raise ModelError(f"no such file: {path}{hint}") from error
@@ -149,13 +217,6 @@ def existing(path: Path) -> Path:
         kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
         raise ModelError(f"{path} is {kind}: give a .gguf file")
     return path
-
-
-def near(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(word, list(choices), cutoff=cutoff)
-    return f", did you mean {' or '.join(near)}?" if near else ""
 
 
 def absolute(text: str, folder: Path) -> Path:

@@ -5,43 +5,24 @@ from __future__ import annotations
 import contextlib
 import ctypes as C
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mia.arrays import Array
 from mia.errors import EngineError, ModelError
+from mia.llama.c_numbers import c_path
+from mia.llama.gguf_file import FileTensor
 from mia.llama.library import GgufParams, library
+from mia.llama.open_file import OpenFile
 
 _TO_FLOAT = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p, C.c_int64)
 _GGUF_STRING = 8
 
 
-@dataclass(frozen=True, slots=True)
-class FileTensor:
-    """A tensor of a GGUF file: where its bytes begin, ggml's type, `ne` innermost first."""
-
-    name: str
-    offset: int
-    type: int
-    ne: tuple[int, ...]
-
-
 def file_tensors(path: Path) -> list[FileTensor]:
     """The tensor table of a GGUF file. Raises `ModelError` if it cannot be read."""
-    base = library().base
-    with _opened(path) as file:
-        start = base.gguf_get_data_offset(file)
-        return [
-            FileTensor(
-                base.gguf_get_tensor_name(file, i).decode(),
-                start + base.gguf_get_tensor_offset(file, i),
-                base.gguf_get_tensor_type(file, i),
-                tuple(base.gguf_get_tensor_ne(file, i)[:4]),
-            )
-            for i in range(base.gguf_get_n_tensors(file))
-        ]
+    return [tensor for _, tensor in OpenFile(path).tensors()]
 
 
 def file_strings(path: Path) -> dict[str, str]:
@@ -50,9 +31,9 @@ def file_strings(path: Path) -> dict[str, str]:
     base = library().base
     with _opened(path) as file:
         return {
-            base.gguf_get_key(file, i).decode(): base.gguf_get_val_str(file, i).decode(
-                errors="replace"
-            )
+            base.gguf_get_key(file, i).decode(errors="replace"): base.gguf_get_val_str(
+                file, i
+            ).decode(errors="replace")
             for i in range(base.gguf_get_n_kv(file))
             if base.gguf_get_kv_type(file, i) == _GGUF_STRING
         }
@@ -61,7 +42,7 @@ def file_strings(path: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
     base = library().base
-    file = base.gguf_init_from_file(str(path).encode(), GgufParams(True, None))
+    file = library().call(base.gguf_init_from_file, c_path(path), GgufParams(True, None))
     if not file:
         raise ModelError(f"{path} cannot be read as GGUF: {library().last_error()}")
     try:

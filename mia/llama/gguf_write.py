@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mia.io.files import write_whole
+from mia.io.files import as_utf8, write_whole
 
 Value = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
 
@@ -80,7 +80,7 @@ def _padding(n: int) -> int:
 
 
 def _text(text: str) -> bytes:
-    raw = text.encode()
+    raw = as_utf8(text).encode()
     return struct.pack("<Q", len(raw)) + raw
 
 

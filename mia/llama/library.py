@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes as C
 import os
+import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mia.errors import EngineError
+from mia.llama.interrupts import Held
 from mia.llama.watch import native_watch
 
 
@@ -52,6 +55,11 @@ class GgufParams(C.Structure):
     _fields_ = (("no_alloc", C.c_bool), ("ctx", C.c_void_p))
 
 
+#: `enum ggml_log_level` of ggml.h
+_LOG_ERROR, _LOG_CONTINUED = 4, 5
+_MESSAGES = 8
+
+
 class Library:
     """llama.cpp's two libraries, loaded once, checked once."""
 
@@ -82,10 +90,20 @@ class Library:
         self._declare()
         self._check_layout()
         self._messages: list[str] = []
+        self._log_goes_on = False
+        #: threads that are inside the library
+        self.at_work: set[int] = set()
+        #: the most threads that the library has started, and whether a device is in use
+        self._threads, self._on_device = 1, False
+        #: why a forked child cannot use the library, with how many threads
+        self._forked_at_work, self._forked_threads = False, 0
         # llama.cpp prints pages while it loads; errors are kept for our own message
         self._log = L.llama_log_callback(self._on_log)
-        L.llama_log_set(self._log, C.c_void_p(0))
-        L.llama_backend_init()
+        with Held():
+            L.llama_log_set(self._log, C.c_void_p(0))
+            L.llama_backend_init()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._after_fork)
 
     def _declare(self) -> None:
         def fn(name: str, result: Any, *args: Any) -> None:
@@ -115,12 +133,6 @@ class Library:
         fn("ggml_view_1d", p, p, p, C.c_int64, size)
         fn("gguf_init_from_file", p, C.c_char_p, GgufParams)
         fn("gguf_free", None, p)
-        fn("gguf_get_data_offset", size, p)
-        fn("gguf_get_n_tensors", C.c_int64, p)
-        fn("gguf_get_tensor_name", C.c_char_p, p, C.c_int64)
-        fn("gguf_get_tensor_offset", size, p, C.c_int64)
-        fn("gguf_get_tensor_type", C.c_int, p, C.c_int64)
-        fn("gguf_get_tensor_ne", C.POINTER(C.c_int64), p, C.c_int64)
         fn("gguf_get_n_kv", C.c_int64, p)
         fn("gguf_get_key", C.c_char_p, p, C.c_int64)
         fn("gguf_get_kv_type", C.c_int, p, C.c_int64)
@@ -156,21 +168,97 @@ class Library:
                 "know; install llama-cpp-python 0.3.36"
             )
 
+    # -- calls that take long or come back into Python ---------------------------------------
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        threads: int = 1,
+        device: bool = False,
+        stop: Callable[[BaseException], None] | None = None,
+        wrap: Callable[[Any], Any] = lambda result: result,
+    ) -> Any:
+        """Calls a function of the library that may come back into Python: every function that logs.
+
+        Args:
+            threads: how many it computes with; device: whether a GPU computes.
+            stop: told of a Ctrl-C at once, so that the library can be made to end early.
+            wrap: takes what is returned into care before a Ctrl-C is raised.
+
+        Raises:
+            EngineError: this is a forked process that cannot use the library.
+        """
+        self._check_process(threads)
+        self._threads = max(self._threads, threads)
+        self._on_device |= device
+        thread = threading.get_ident()
+        outermost = thread not in self.at_work
+        if outermost:
+            self._messages.clear()  # what is said from here on is about this call
+        self.at_work.add(thread)
+        try:
+            with Held(stop):
+                return wrap(function(*args))
+        finally:
+            if outermost:
+                self.at_work.discard(thread)
+
+    def _after_fork(self) -> None:
+        """A child has this one thread only. GNU's OpenMP would wait for the others for ever, and a
+        device does not know the child."""
+        if self.at_work or self._on_device:
+            self._forked_at_work = True
+        if self._threads > 1:
+            self._forked_threads = self._threads
+        self.at_work.clear()
+
+    def _check_process(self, threads: int) -> None:
+        if self._forked_at_work:
+            raise EngineError(
+                "this process was forked from one in which llama.cpp was at work or used a GPU; "
+                'start processes with multiprocessing\'s "spawn" instead'
+            )
+        if self._forked_threads and threads > 1:
+            raise EngineError(
+                f"this process was forked from one in which llama.cpp ran {self._forked_threads} "
+                "threads, which a fork does not copy: it would wait for them for ever; start "
+                'processes with multiprocessing\'s "spawn", or open models in them with one thread'
+            )
+
+    # -- what the library says ---------------------------------------------------------------
+
     def _on_log(self, level: int, text: bytes, _: Any) -> None:
-        if level >= 4:  # GGML_LOG_LEVEL_ERROR
-            self._messages.append(text.decode(errors="replace").strip())
-            del self._messages[:-8]
+        """Keeps errors. A message may come in pieces; the first has the level."""
+        if level == _LOG_CONTINUED:
+            if self._log_goes_on and self._messages:
+                self._messages[-1] += text.decode(errors="replace")
+            return
+        self._log_goes_on = level == _LOG_ERROR
+        if self._log_goes_on:
+            self._messages.append(text.decode(errors="replace"))
+            del self._messages[:-_MESSAGES]
 
     def last_error(self) -> str:
-        """llama.cpp's complaints since last asked, for a message of ours."""
-        text = "; ".join(self._messages)
+        """llama.cpp's complaints since last asked, for a message of ours: one line, without dots
+        of progress, and none twice."""
+        lines = (" ".join(line.split()) for text in self._messages for line in text.splitlines())
+        text = "; ".join(dict.fromkeys(line for line in lines if line.strip(". ")))
         self._messages.clear()
         return text
 
 
-@cache
+_loading = threading.Lock()
+
+
 def library() -> Library:
     """llama.cpp, loaded at first use. Raises `EngineError` if it is missing or too different."""
+    with _loading:  # two would each set a log callback, and one would go away
+        return _library()
+
+
+@cache
+def _library() -> Library:
     return Library()
 
 

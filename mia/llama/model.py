@@ -4,31 +4,63 @@ from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from mia.errors import ModelError
+from mia.errors import ModelError, UsageError
+from mia.llama.c_numbers import c_int, c_path, processors
 from mia.llama.library import library
+from mia.llama.lifetime import Owned
+from mia.llama.open_file import OpenFile
+
+#: `enum llama_vocab_type` of llama.h
+_NO_VOCAB, _SPM = 0, 1
 
 
 class LlamaModel:
-    """A loaded model file and its vocabulary."""
+    """A loaded model file and its vocabulary.
+
+    Attributes:
+        has_vocab: whether the file has tokens' texts.
+        file: what was opened: weights and hash are read from it, and no run goes on once it is
+            changed.
+
+    Everything after `close()` raises `UsageError`.
+    """
 
     def __init__(self, path: Path, *, gpu_layers: int = 0, extra_bufts: bool = True):
         self.lib = library()
         L = self.lib.L
         params = L.llama_model_default_params()
-        params.n_gpu_layers = gpu_layers
+        params.n_gpu_layers = c_int(gpu_layers, "gpu_layers", -1)
         params.use_extra_bufts = extra_bufts
-        self.handle = L.llama_model_load_from_file(str(path).encode(), params)
-        if not self.handle:
+        self.file = OpenFile(path)
+        stopped: list[BaseException] = []
+        # with a callback of ours llama.cpp logs no dots, and a Ctrl-C ends the load
+        progress = L.llama_progress_callback(lambda fraction, _: not stopped)
+        params.progress_callback = progress
+        features = L.llama_print_system_info().decode() if extra_bufts else ""
+        self.owned: Owned | None = self.lib.call(
+            L.llama_model_load_from_file,
+            c_path(path),
+            params,
+            threads=processors() if "AMX_INT8 = 1" in features else 1,  # it repacks weights
+            device=gpu_layers != 0 and bool(L.llama_supports_gpu_offload()),
+            stop=stopped.append,
+            wrap=lambda handle: Owned(self.lib, handle, L.llama_model_free) if handle else None,
+        )
+        if self.owned is None:
             why = self.lib.last_error()
             raise ModelError(f"llama.cpp cannot load {path}" + (f": {why}" if why else ""))
-        self.vocab = L.llama_model_get_vocab(self.handle)
+        self.file.check_name()
+        self._vocab = L.llama_model_get_vocab(self.handle)
         self.n_layer = int(L.llama_model_n_layer(self.handle))
         self.n_embd = int(L.llama_model_n_embd(self.handle))
         self.n_head = int(L.llama_model_n_head(self.handle))
         self.n_head_kv = int(L.llama_model_n_head_kv(self.handle))
         self.n_vocab = int(L.llama_vocab_n_tokens(self.vocab))
+        self.has_vocab = int(L.llama_vocab_type(self.vocab)) != _NO_VOCAB
         self.n_ctx_train = int(L.llama_model_n_ctx_train(self.handle))
         # a recurrent state cannot be cut at a position, so prefixes cannot be shared
         self.recurrent = bool(
@@ -38,10 +70,22 @@ class LlamaModel:
             self.close()
             raise ModelError(f"{path} is an encoder model; mia runs decoder-only models")
 
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's model. Raises `UsageError` after `close()`."""
+        if self.owned is None:
+            raise UsageError("this model is closed; open it again to use it")
+        return self.owned.get("model")
+
+    @property
+    def vocab(self) -> Any:
+        """llama.cpp's vocabulary of it. Raises `UsageError` after `close()`."""
+        return self.handle and self._vocab
+
     def close(self) -> None:
-        if self.handle:
-            self.lib.L.llama_model_free(self.handle)
-            self.handle = None
+        """Frees the model, once the last context on it is closed."""
+        self.owned = None
+        self.file.close()
 
     def metadata(self) -> dict[str, str]:
         L, out = self.lib.L, {}
@@ -60,7 +104,7 @@ class LlamaModel:
 
     def chat_template(self) -> str | None:
         text = self.lib.L.llama_model_chat_template(self.handle, None)
-        return text.decode() if text else None
+        return text.decode(errors="replace") if text else None
 
     def special(self, which: str) -> int:
         """Token id of "bos", "eos", "eot" …, -1 if the vocabulary has none."""
@@ -70,30 +114,78 @@ class LlamaModel:
         return bool(self.lib.L.llama_vocab_get_add_bos(self.vocab))
 
     def is_eog(self, token: int) -> bool:
-        return bool(self.lib.L.llama_vocab_is_eog(self.vocab, token))
+        return bool(self.lib.L.llama_vocab_is_eog(self.vocab, self._id(token)))
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Token ids, no BOS or EOS added; `special` reads `<|…|>` as control tokens."""
-        raw = text.encode()
-        n = len(raw) + 8
+        vocab = self.vocab
+        if not self.has_vocab:
+            raise ModelError("this model's file has no vocabulary; give token ids")
+        raw = _utf8(text)
+        self._check_text(text)
+        n = c_int(len(raw) + 8, "the length of a text in bytes")
         out = (C.c_int32 * n)()
-        count = self.lib.L.llama_tokenize(self.vocab, raw, len(raw), out, n, False, special)
+        tokenize = self.lib.L.llama_tokenize
+        count = self.lib.call(tokenize, vocab, raw, len(raw), out, n, False, special)
         if count < 0:
             n = -count
             out = (C.c_int32 * n)()
-            count = self.lib.L.llama_tokenize(self.vocab, raw, len(raw), out, n, False, special)
+            count = self.lib.call(tokenize, vocab, raw, len(raw), out, n, False, special)
         return list(out[:count])
 
+    def _check_text(self, text: str) -> None:
+        """A SentencePiece vocabulary without tokens for bytes has none for some characters, and
+        llama.cpp ends the process at them."""
+        if self._tokens_without_bytes is None:
+            return
+        for char in set(text.replace(" ", "▁")):
+            raw = char.encode()
+            if raw not in self._tokens_without_bytes and not all(
+                b"<0x%02X>" % b in self._tokens_without_bytes
+                or bytes([b]) in self._tokens_without_bytes
+                for b in raw
+            ):
+                raise ModelError(f"the vocabulary of this model has no token for {char!r}")
+
+    @cached_property
+    def _tokens_without_bytes(self) -> set[bytes] | None:
+        """The tokens' texts; None if there is one for each byte, or the kind needs none."""
+        if int(self.lib.L.llama_vocab_type(self.vocab)) != _SPM:
+            return None
+        texts = self.vocab_text()
+        if b"<0x00>" in texts and all(next(texts, b"") == b"<0x%02X>" % b for b in range(1, 256)):
+            return None  # in one row, as they always are
+        return set(self.vocab_text())
+
+    def _id(self, token: int) -> int:
+        return c_int(token, "a token id", 0, self.n_vocab - 1)
+
     def piece(self, token: int) -> bytes:
-        """The bytes that a token stands for, control tokens spelled out."""
+        """The bytes that a token stands for, control tokens spelled out; `[7]` if the file has no
+        vocabulary."""
+        vocab, token = self.vocab, self._id(token)
+        if not self.has_vocab:  # llama.cpp ends the process
+            return b"[%d]" % token
         buf = C.create_string_buffer(64)
-        n = self.lib.L.llama_token_to_piece(self.vocab, token, buf, len(buf), 0, True)
+        n = self.lib.L.llama_token_to_piece(vocab, token, buf, len(buf), 0, True)
         if n < 0:
             buf = C.create_string_buffer(-n)
-            n = self.lib.L.llama_token_to_piece(self.vocab, token, buf, len(buf), 0, True)
+            n = self.lib.L.llama_token_to_piece(vocab, token, buf, len(buf), 0, True)
         return buf.raw[:n]
 
     def vocab_text(self) -> Iterator[bytes]:
         """Every token's text as the file spells it."""
+        vocab = self.vocab
         for i in range(self.n_vocab):
-            yield self.lib.L.llama_vocab_get_text(self.vocab, i) or b""
+            text = self.lib.L.llama_vocab_get_text(vocab, i) if self.has_vocab else None
+            yield text or b""
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as err:
+        raise UsageError(
+            f"a text has {text[err.start]!a} at {err.start}: half a character, or a byte that is "
+            "not UTF-8"
+        ) from err

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import signal
 import struct
 import sys
 from contextlib import suppress
@@ -27,6 +26,7 @@ import numpy as np
 
 from mia.errors import FileError, UsageError
 from mia.io.files import cache_folder, write_json
+from mia.llama import child
 
 _SECONDS = 60.0
 _WRONG = 3  # the child's exit status if the numbers are wrong
@@ -75,41 +75,28 @@ def _verdict() -> bool:
 
 def _ask_child() -> tuple[str, bool]:
     """Runs the child. Returns (what is wrong, or ""; whether that is worth remembering)."""
-    import subprocess  # here: machines without AMX need none of it
-    import tempfile
+    import tempfile  # here: machines without AMX need none of it
 
     with tempfile.TemporaryDirectory(prefix="mia-probe-") as folder:
-        path = os.pathsep.join(str(Path(p).absolute()) for p in sys.path)
-        env = {**os.environ, "PYTHONPATH": path}  # whatever made mia importable here
         try:
-            code = subprocess.run(
-                _command(folder),
-                cwd=folder,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=_SECONDS,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return f"llama.cpp's AMX code hangs (no answer in {_SECONDS:.0f} s)", True
+            outcome = child.run(_command(folder), seconds=_SECONDS, cwd=folder)
         except OSError as err:
             return f"could not find out whether llama.cpp's AMX code works ({err})", False
+    code = outcome.code
+    if code is None:
+        return f"llama.cpp's AMX code hangs (no answer in {_SECONDS:.0f} s)", True
     if code == 0:
         return "", True
     if code == _WRONG:
         return "llama.cpp's AMX code computes wrong numbers", True
     if code in (1, 2):  # Python's own: the child did not get as far as llama.cpp's decode
         return f"could not find out whether llama.cpp's AMX code works (exit status {code})", False
-    try:
-        how = signal.Signals(-code).name
-    except ValueError:
-        how = f"exit status {code}"
+    how = outcome.death
     return f"llama.cpp's AMX code crashes in this build ({how} in a trial decode)", True
 
 
 def _command(folder: str) -> list[str]:
-    return [sys.executable, "-m", "mia.llama.probe", folder]
+    return child.python("mia.llama.probe", folder)
 
 
 # ---------------------------------------------------------------------------
@@ -135,7 +122,7 @@ def _write_verdicts(verdicts: dict[str, bool]) -> None:
     with suppress(OSError, RuntimeError, FileError):
         file = _verdict_file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, verdicts)
+        write_json(file, verdicts, own=True)
 
 
 def _build_key() -> str:
@@ -145,10 +132,11 @@ def _build_key() -> str:
     folder = Path(llama_cpp.__file__).parent / "lib"
     stats = [(p.name, p.stat()) for p in sorted(folder.glob("*ggml-cpu*"))]
     files = [f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats]
-    return " ".join([llama_cpp.__version__, *files, _processor()])
+    return " ".join([llama_cpp.__version__, *files, processor_name()])
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor's name, as the system says it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -163,10 +151,7 @@ def _processor() -> str:
 
 def main(folder: str) -> int:
     """Decodes with and without extra buffers: 0 if they agree, 3 if not, or no return."""
-    if sys.platform != "win32":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash here is no news
+    child.prepare()
     path = Path(folder) / "probe.gguf"
     write_model(path)
     plain, extra = _logits(path, extra_bufts=False), _logits(path, extra_bufts=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from mia.llama.c_numbers import INT32, UINT32, c_int
 from mia.llama.context import Context
+from mia.llama.lifetime import Owned
 from mia.llama.model import LlamaModel
 
 
@@ -25,10 +27,14 @@ class Sampler:
         seed: int,
     ):
         L = self.L = model.lib.L
-        self.chain = L.llama_sampler_chain_init(L.llama_sampler_chain_default_params())
+        top_k = c_int(top_k, "top-k", 0, INT32[1])
+        seed = c_int(seed, "seed", *UINT32)
+        chain = L.llama_sampler_chain_init(L.llama_sampler_chain_default_params())
+        self._n_vocab = model.n_vocab
+        self._owned = Owned(model.lib, chain, L.llama_sampler_free, model.owned)
 
         def add(sampler: Any) -> None:
-            L.llama_sampler_chain_add(self.chain, sampler)
+            L.llama_sampler_chain_add(chain, sampler)
 
         if (repeat_penalty, frequency_penalty, presence_penalty) != (1.0, 0.0, 0.0):
             add(
@@ -48,14 +54,17 @@ class Sampler:
             add(L.llama_sampler_init_temp(temperature))
             add(L.llama_sampler_init_dist(seed))
 
+    @property
+    def chain(self) -> Any:
+        """llama.cpp's chain. Raises `UsageError` after `close()`."""
+        return self._owned.get("sampler")
+
     def accept(self, token: int) -> None:
-        self.L.llama_sampler_accept(self.chain, token)
+        self.L.llama_sampler_accept(self.chain, c_int(token, "a token id", 0, self._n_vocab - 1))
 
     def sample(self, context: Context, row: int) -> int:
         """Samples from the logits of batch row `row`, and remembers the token."""
         return int(self.L.llama_sampler_sample(self.chain, context.handle, row))
 
     def close(self) -> None:
-        if self.chain:
-            self.L.llama_sampler_free(self.chain)
-            self.chain = None
+        self._owned.close()

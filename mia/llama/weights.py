@@ -7,26 +7,28 @@ pages are the ones that llama.cpp has mapped already.
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from mia.arrays import Array
-from mia.errors import ModelError
-from mia.llama.gguf_file import split_parts
-from mia.llama.gguf_tensors import FileTensor, dequantize, file_tensors, type_bytes
+from mia.errors import ModelError, RangeError
+from mia.llama.gguf_file import BLOCKS, FileTensor
+from mia.llama.gguf_tensors import dequantize, type_bytes
+from mia.llama.open_file import OpenFile
 
 
 class Weights:
     """The tensors of a GGUF file, or of the parts of a split one, by name."""
 
-    def __init__(self, path: Path):
-        self._where: dict[str, tuple[Path, FileTensor]] = {}
-        self._maps: dict[Path, npt.NDArray[np.uint8]] = {}
-        for part in split_parts(path):
-            for tensor in file_tensors(part):
-                self._where[tensor.name] = (part, tensor)
+    def __init__(self, file: Path | OpenFile):
+        """Raises `ModelError` if the file cannot be read."""
+        self._file = file if isinstance(file, OpenFile) else OpenFile(file)
+        #: name -> its part, and where in it
+        self._where = {t.name: (part, t) for part, t in self._file.tensors()}
+        self._maps: dict[int, npt.NDArray[np.uint8]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -51,20 +53,29 @@ class Weights:
         return self.rows(name, 0, self.shape(name)[0])
 
     def rows(self, name: str, start: int, stop: int) -> Array:
-        """Rows `start:stop` of a matrix, (stop - start, n_in) float32."""
-        path, tensor = self._find(name)
-        n_in = tensor.ne[0]
+        """Rows `start:stop` of a matrix, (stop - start, n_in) float32.
+
+        Raises `RangeError` if it does not have them."""
+        part, tensor = self._find(name)
+        n_in, n_rows = tensor.ne[0], prod(tensor.ne[1:])
+        if not 0 <= start <= stop <= n_rows:
+            raise RangeError(f"rows {start} to {stop} are not in {name}, which has {n_rows}")
+        if tensor.type not in BLOCKS:
+            raise ModelError(f"{name} is of a type that mia does not know: {tensor.type}")
         row = type_bytes(tensor.type, n_in)
-        source = self._mapped(path)[tensor.offset + start * row : tensor.offset + stop * row]
+        source = self._mapped(part)[tensor.offset + start * row : tensor.offset + stop * row]
+        if source.size < (stop - start) * row:
+            raise ModelError(f"{name} does not lie within the file")
         return dequantize(source.ctypes.data, tensor.type, stop - start, n_in)
 
-    def _mapped(self, path: Path) -> npt.NDArray[np.uint8]:
-        """A part's bytes, mapped once: if the file is replaced later, these stay the old ones."""
-        if path not in self._maps:
-            self._maps[path] = np.asarray(np.memmap(path, np.uint8, mode="r"))
-        return self._maps[path]
+    def _mapped(self, part: int) -> npt.NDArray[np.uint8]:
+        """A part's bytes, mapped once. Raises `ModelError` if the file was changed since."""
+        self._file.check()
+        if part not in self._maps:
+            self._maps[part] = np.frombuffer(self._file.mapped(part), np.uint8)
+        return self._maps[part]
 
-    def _find(self, name: str) -> tuple[Path, FileTensor]:
+    def _find(self, name: str) -> tuple[int, FileTensor]:
         try:
             return self._where[name]
         except KeyError:

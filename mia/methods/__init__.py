@@ -10,6 +10,8 @@
 | `patching`             | Meng et al. 2022; Wang et al. 2022         | `patches`                                  |
 | `ablation`             | Olsson et al. 2022; Wang et al. 2022       | `ablate`, `head_sweep`                     |
 | `head_ablation`        | Olsson et al. 2022; Wang et al. 2022       | `head_edits`                               |
+| `experts`              | Shazeer et al. 2017; Fedus et al. 2021     | `experts`                                  |
+| `expert_ablation`      | Lu et al. 2024; Fayyaz et al. 2025         | `expert_edits`                             |
 | `knockout`             | Geva et al. 2023                           | `block_edits`                              |
 | `attribution`          | Elhage et al. 2021; Wang et al. 2022       | `attribute`                                |
 | `changes`              | -                                          | `Changes`                                  |
@@ -30,4 +32,5 @@
 | `function_vectors`     | Todd et al. 2023                           | `train_many`, `evaluate_tasks`             |
 | `function_composition` | Todd et al. 2023, section 3.3              | `compose_tasks`                            |
 | `soft_vectors`         | Hojel et al. 2024; Soft Injection 2025     | `train`, `evaluate_task`                   |
+| `replay`               | -                                          | `replay`, `compare`                        |
 """

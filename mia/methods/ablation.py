@@ -28,6 +28,7 @@ from mia.arrays import Array
 from mia.edits import Edit
 from mia.errors import UsageError
 from mia.measure.losses import AnswerLogProb
+from mia.measure.prompts import check_answer
 from mia.methods.head_ablation import head_edits
 from mia.progress import step
 from mia.ranges import (
@@ -224,6 +225,7 @@ def ablate(
     answer_ids = model.continuation(model.piece(ids[-1]), answer)
     if not answer_ids:
         raise UsageError("the answer is empty")
+    check_answer(model, ids, answer)
     whole = [*ids, *answer_ids[:-1]]
     positions: list[int] | None = list(range(len(ids) - 1, len(whole)))
     if tokens is not None:

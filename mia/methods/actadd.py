@@ -31,6 +31,7 @@ from mia.progress import Progress, step
 from mia.ranges import Ranges, indices
 from mia.request import Capture, Request, Sampling
 from mia.show.report import Report
+from mia.show.text import safe
 from mia.sites import Site
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ class AdditionSamples(Report):
 
         table = Table("seed", "unsteered", "steered", show_lines=True)
         for s in self.samples:
-            table.add_row(str(s.seed), s.baseline, s.output)
+            table.add_row(str(s.seed), safe(s.baseline, "\n"), safe(s.output, "\n"))
         return table
 
 

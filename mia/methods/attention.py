@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mia.arrays import Array
+from mia.arrays import Array, norms
 from mia.edits import Edit, resolve_tokens
 from mia.errors import UsageError
 from mia.ranges import Head, Heads, Ranges, parse_heads, parse_layers
@@ -121,19 +121,19 @@ def maps_of(
     # captured as (n_query, n_head, n_key)
     weights = np.stack([result.captures[Site("attn_pattern", i)] for i in layers]).swapaxes(1, 2)
     if value_weighted:
-        norms = [
+        lengths = [
             value_norms(result.captures[Site("v", i)], model.n_head_kv, model.n_head)
             for i in layers
         ]
-        weights = weights * np.stack(norms)[:, :, None, :]
+        weights = weights * np.stack(lengths)[:, :, None, :]
     tokens = [int(t) for t in request.tokens]
     return AttentionMaps(tokens, layers, np.ascontiguousarray(weights), value_weighted)
 
 
 def value_norms(v: Array, n_head_kv: int, n_head: int) -> Array:
     """||v_j^h|| for each head h and key j: (n_head, n_key), from rows (n_key, n_head_kv × head_dim)."""
-    norms = np.linalg.norm(v.reshape(len(v), n_head_kv, -1), axis=-1).T  # (n_head_kv, n_key)
-    return np.repeat(norms, n_head // n_head_kv, axis=0).astype(np.float32)
+    lengths = norms(v.reshape(len(v), n_head_kv, -1)).T  # (n_head_kv, n_key)
+    return np.repeat(lengths, n_head // n_head_kv, axis=0).astype(np.float32)
 
 
 # -- the experiment --------------------------------------------------------------------
@@ -193,11 +193,11 @@ class Attention(Report):
 
     def plain(self) -> str:
         """The strongest keys of one query, a line for each head."""
-        lines = [f"query {self.query}: {visible(self.tokens[self.query].text)}"]
+        lines = [f"query {self.query}: {visible(self.tokens[self.query].label)}"]
         for head in self._listed():
             row = self.maps[head][self.query]
             strongest = [key for key in row.argsort()[::-1][: self.k] if row[key] > 0]
-            keys = (f"{key}:{visible(self.tokens[key].text)} {row[key]:.2f}" for key in strongest)
+            keys = (f"{key}:{visible(self.tokens[key].label)} {row[key]:.2f}" for key in strongest)
             lines.append(f"{head}: {'|'.join(keys)}")
         return "\n".join(lines)
 
@@ -284,7 +284,7 @@ class Attention(Report):
         return [Head(i, h) for i in self.layers for h in self.heads]
 
     def _pieces(self) -> list[str]:
-        return [t.text for t in self.tokens]
+        return [t.label for t in self.tokens]
 
 
 def attention(

@@ -31,12 +31,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mia.arrays import Array
+from mia.arrays import Array, norms
 from mia.edits import Edit
 from mia.errors import ModelError, UsageError
 from mia.generation import Token
 from mia.lenses.linear import split
 from mia.lenses.walk import Tanh, walk
+from mia.measure.prompts import check_answer
 from mia.ranges import every_head, top_heads
 from mia.request import Capture, Request, Result, one_or_more
 from mia.show.report import Report
@@ -139,9 +140,7 @@ def _parts(model: Model, result: Result) -> _Parts:
         )
     split_up = [head_contributions(model, i, z[i]) for i in range(model.n_layer)]
     heads, bias = (np.stack(x) for x in zip(*split_up, strict=True))
-    rest = np.linalg.norm(attn - heads.sum(1) - bias, axis=1) / np.maximum(
-        np.linalg.norm(attn, axis=1), 1e-6
-    )
+    rest = norms(attn - heads.sum(1) - bias) / np.maximum(norms(attn), 1e-6)
     if not rest.max() < 0.1:
         raise ModelError(
             f"the heads of layer {int(rest.argmax())} do not add up to its attention: "
@@ -228,8 +227,8 @@ class LogitAttribution(Report):
         return {
             "model": self.facts.document(),
             "tokens": [t.document() for t in self.tokens],
-            "answer": {"id": self.answer.id, "text": self.answer.text},
-            "against": None if other is None else {"id": other.id, "text": other.text},
+            "answer": self.answer.named(),
+            "against": None if other is None else other.named(),
             "logit": rounded(s.logit),
             "sum": rounded(s.total),
             "sum_after_capping": rounded(s.recomputed),
@@ -323,13 +322,16 @@ def attribute(
     other = None if against is None else model.token_id(against)
     if other == target:
         raise UsageError(f"answer and against are the same token, {answer!r}")
+    for text in (answer, against):
+        if text is not None and token % len(ids) == len(ids) - 1:
+            check_answer(model, ids, text)
     shares = attribute_logit(model, ids, target, against=other, token=token, edits=edits)
     place = token % len(ids) + 1
     return LogitAttribution(
         facts=model.facts,
         tokens=model.token_rows(ids),
-        answer=Token(place, target, model.piece(target)),
-        against=None if other is None else Token(place, other, model.piece(other)),
+        answer=Token(place, **model.described(target)),
+        against=None if other is None else Token(place, **model.described(other)),
         shares=shares,
         soft_capped=model.lens.capped,
         k=k,

@@ -30,6 +30,7 @@ from mia.methods.contrast import PairActivations, aggregate
 from mia.progress import Progress, step
 from mia.request import Capture, Request
 from mia.show.report import Report
+from mia.show.text import visible
 from mia.sites import Site
 from mia.vectors import Vector
 from mia.vectors.report import VectorReport
@@ -135,7 +136,8 @@ class CaaVectors(Report):
         lines = []
         for v in self.vectors:
             n, layers = v.vector.metadata["n_items"], v.vector.layers
-            lines.append(f"{v.file or v.vector.name}: {n} items, layers {layers[0]}-{layers[-1]}")
+            name = visible(v.file or v.vector.name)
+            lines.append(f"{name}: {n} items, layers {layers[0]}-{layers[-1]}")
         return "\n".join(lines)
 
 

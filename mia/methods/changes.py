@@ -1,4 +1,4 @@
-"""Changes to a run, as text describes them: patches, ablations, blocked attention, steering.
+"""Changes to a run, as text describes them: patches, ablations, experts, blocked attention, steering.
 
     changes = Changes(ablate="3.5,4.*", block=["5->0"], steer=["love.gguf"])
     model.generate(prompt, edits=changes.edits(model, model.ids(prompt)))
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mia.edits import Edit, Tokens
 from mia.errors import UsageError
-from mia.ranges import Head, Heads, Ranges, other_heads, parse_heads
+from mia.ranges import Expert, Experts, Head, Heads, Ranges, other_heads, parse_experts, parse_heads
 
 if TYPE_CHECKING:
     from mia.methods.patching import Mode
@@ -36,6 +36,9 @@ class Changes:
             or ("resample-from", file).
         ablate_attention: ablate at the attention weights instead of at head_out.
         ablate_seed: of resampling.
+        ablate_experts: experts that the router may not choose; it chooses others.
+        zero_experts: experts that are chosen as before, but add nothing.
+        force_experts: experts that every token chooses.
         block: "QUERIES->KEYS" of each blocked attention.
         steer: vector files or arithmetic with them, steered by `steer_coeff` at `steer_layers`.
     """
@@ -47,6 +50,9 @@ class Changes:
     ablate_with: str | Sequence[str] | None = None
     ablate_attention: bool = False
     ablate_seed: int = 0
+    ablate_experts: Experts | None = None
+    zero_experts: Experts | None = None
+    force_experts: Experts | None = None
     block: str | Sequence[str] = ()
     steer: str | Sequence[str] = ()
     steer_coeff: float | None = None
@@ -65,7 +71,7 @@ class Changes:
         return [*self.prompt_edits(model, tokens), *self.steering(model)[0]]
 
     def prompt_edits(self, model: Model, tokens: Sequence[int]) -> list[Edit]:
-        """The edits of patches, ablations and blocks."""
+        """The edits of patches, ablations, experts and blocks."""
         from mia.methods.knockout import block_edits, parse_block
         from mia.methods.patching import patch_edits, warn_of_first_tokens
 
@@ -83,6 +89,7 @@ class Changes:
             )
         warn_of_first_tokens(model, tokens, edits)
         edits += self._ablation_edits(model, tokens)
+        edits += self._expert_edits(model)
         for text in self.block:
             edits += block_edits(model, parse_block(text, n, model.n_layer, model.n_head))
         return edits
@@ -101,6 +108,23 @@ class Changes:
         if self.ablate_with is not None or self.ablate_attention:
             raise UsageError("no heads to ablate: set ablate or select")
         return []
+
+    def _expert_edits(self, model: Model) -> list[Edit]:
+        if (self.ablate_experts, self.zero_experts, self.force_experts) == (None, None, None):
+            return []
+        from mia.methods.expert_ablation import expert_counts, expert_edits
+
+        counts = expert_counts(model)
+
+        def experts(given: Experts | None, what: str) -> list[Expert]:
+            return [] if given is None else parse_experts(given, model.n_layer, counts, what)
+
+        return expert_edits(
+            model,
+            exclude=experts(self.ablate_experts, "experts to ablate"),
+            silence=experts(self.zero_experts, "experts to zero"),
+            force=experts(self.force_experts, "experts to force"),
+        )
 
     def head_ablation(
         self,

@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mia.arrays import Array
+from mia.arrays import Array, norms
 from mia.datasets.pairs import ContrastPair, load_pairs, select_pairs
 from mia.datasets.selection import Selection
 from mia.edits import resolve_tokens
 from mia.errors import RangeError, UsageError
 from mia.methods.patching import today
-from mia.notices import notice
+from mia.notices import MissingBos, notice
 from mia.plugins import load_function
 from mia.progress import step
 from mia.ranges import Ranges, parse_layers
@@ -219,7 +219,7 @@ def logistic(positive: Array, negative: Array) -> Array:
     labels = np.repeat([1, -1], len(half))
     fit = LogisticRegression(fit_intercept=False, max_iter=1000)
     w = fit.fit(np.concatenate([half, -half]), labels).coef_[0]
-    return (w / np.linalg.norm(w)).astype(np.float32)
+    return (w / norms(w)).astype(np.float32)
 
 
 AGGREGATORS: dict[str, Aggregator] = {"mean": mean, "pca": pca, "logistic": logistic}
@@ -340,7 +340,8 @@ def learn(
         notice(
             "texts are read without a BOS, where models treat the first token as an "
             "attention sink; put "
-            f"{model.piece(model.bos_token)} in front"
+            f"{model.piece(model.bos_token)} in front",
+            MissingBos,
         )
     with step("reading") as bar:
         vector = train(

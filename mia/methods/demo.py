@@ -135,7 +135,7 @@ def _lens(model: Model, result: Result, tokens: Sequence[Token]) -> LensTable:
     lens = []
     for layer, ids, probs in zip(layers, read.ids, read.probs, strict=True):
         top = [
-            {"id": int(t), "text": model.piece(int(t)), "prob": round(float(p), 4)}
+            {**model.described(int(t)), "prob": round(float(p), 4)}
             for t, p in zip(ids, probs, strict=True)
         ]
         lens.append(LensRow(f"l_out-{layer}", layer, len(tokens) - 1, top))

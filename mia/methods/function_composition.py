@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mia.arrays import cosine
 from mia.datasets.tasks import Composition
 from mia.methods.function_vector_reports import Decoded
 from mia.methods.function_vectors import (
@@ -71,8 +72,7 @@ def compose(
         layer, dev = best_of(scores), scores.correct.mean(1)
         vectors.append(FunctionVector(x, layer, heads=heads, effects=effects, dev=dev))
     direct, composed = vectors
-    cosine = float(v @ v_ad / (np.linalg.norm(v) * np.linalg.norm(v_ad)))
-    return Composed(direct, composed, cosine, evaluate(ad, direct), evaluate(ad, composed))
+    return Composed(direct, composed, cosine(v, v_ad), evaluate(ad, direct), evaluate(ad, composed))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mia.arrays import Array, Floats
+from mia.arrays import Array, Floats, norms
 from mia.edits import Edit
 from mia.measure.estimates import Accuracy
 from mia.methods.icl_reports import (
@@ -77,7 +77,7 @@ class FunctionVector:
         return {
             "layer": self.layer,
             "coeff": self.coeff,
-            "norm": round(float(np.linalg.norm(self.vector)), 4),
+            "norm": round(float(norms(self.vector)), 4),
             "dev_accuracy": round(float(self.dev[self.layer]), 4),
             "heads": [h.document(effect=round(float(self.effects[h]), 6)) for h in self.heads],
         }
@@ -143,8 +143,8 @@ class TrainedFunctionVectors(Report):
     def plain(self) -> str:
         lines = []
         for r in self.rows():
-            line = f"{r['task']}: layer {r['layer']}, {r['dev_accuracy']:.2f} on dev"
-            lines.append(line if r["file"] is None else f"{line}; {r['file']}")
+            line = f"{visible(r['task'])}: layer {r['layer']}, {r['dev_accuracy']:.2f} on dev"
+            lines.append(line if r["file"] is None else f"{line}; {visible(r['file'])}")
             heads = [f"{h['layer']}.{h['head']} {h['effect']:+.3f}" for h in r["heads"]]
             more = " …" if len(heads) > _HEADS else ""
             lines.append(f"  heads: {', '.join(heads[:_HEADS])}{more}")

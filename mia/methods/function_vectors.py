@@ -28,7 +28,9 @@ is the task's own, or that of all tasks trained together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mia.arrays import Array, Floats
-from mia.errors import RangeError, UsageError
+from mia.errors import FileError, RangeError, UsageError
 from mia.measure.estimates import accuracy
 from mia.methods.function_vector_reports import (
     FunctionVector as FunctionVector,
@@ -224,7 +226,7 @@ def decode(model: Model, v: Array, k: int = 10) -> dict[str, list[dict[str, Any]
     out: dict[str, list[dict[str, Any]]] = {}
     for name, read in (("raw", model.lens.unembed(v, k)), ("norm", model.lens.read(v, k))):
         out[name] = [
-            {"id": t, "text": model.piece(t), "logit": round(z, 4), "prob": round(p, 6)}
+            {**model.described(t), "logit": round(z, 4), "prob": round(p, 6)}
             for t, z, p in zip(
                 read.ids[0].tolist(), read.logits[0].tolist(), read.probs[0].tolist(), strict=True
             )
@@ -272,14 +274,23 @@ class SavedFunctionVector:
     coeff: float | None = None
 
     def load(self, ex: IclExperiment) -> FunctionVector:
-        """Raises `UsageError` if the file holds no function vector, or one of another model."""
+        """Raises `UsageError` if the file holds no function vector, or one of another model, and
+        `FileError` if its coefficient is no number."""
         vector, path = load_vector(self.file, ex, "function vector")
         if len(vector.layers) != 1:
             raise UsageError(f"{path} has {len(vector.layers)} layers; a function vector has one")
         named = vector.layers[0]
         layer = named if self.layer is None else self.layer
-        coeff = float(vector.metadata.get("coeff", "1")) if self.coeff is None else self.coeff
+        coeff = _saved_coeff(vector.metadata, path) if self.coeff is None else self.coeff
         return FunctionVector(vector[named], layer, coeff, metadata=vector.metadata)
+
+
+def _saved_coeff(metadata: Mapping[str, str], path: str) -> float:
+    text = metadata.get("coeff", "1")
+    with contextlib.suppress(ValueError):
+        if math.isfinite(coeff := float(text)):
+            return coeff
+    raise FileError(f"{path}: its coeff is {text!r:.60}, not a number")
 
 
 def evaluate_tasks(

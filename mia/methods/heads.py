@@ -97,6 +97,7 @@ def head_scores(
         for name, a in score_pattern(maps.weights, maps.tokens).items():
             scores[name].append(a)
         result.captures.clear()
+        result.by_capture.clear()
     spread = {name: np.std(a, axis=0) for name, a in scores.items()}
     return HeadScores(**{name: np.mean(a, axis=0) for name, a in scores.items()}, spread=spread)
 
@@ -133,7 +134,9 @@ def repeated_random(
     """
     if n < 2:
         raise RangeError(f"{n} random tokens cannot be repeated; give at least 2")
-    pool = np.flatnonzero([_is_text(model.piece(t)) for t in range(model.n_vocab)])
+    pool = np.flatnonzero(
+        [_is_text(model.token_bytes(t).decode(errors="replace")) for t in range(model.n_vocab)]
+    )
     if n > len(pool):
         raise RangeError(f"{n} random tokens are more than the vocabulary's {len(pool)}")
     half = [int(t) for t in rng.choice(pool, n, replace=False)]

@@ -196,7 +196,8 @@ class IclExperiment:
 
     def rng(self, what: str) -> np.random.Generator:
         """The random numbers of this seed for one purpose."""
-        return np.random.default_rng([self.seed, zlib.crc32(f"{self.task.name} {what}".encode())])
+        name = f"{self.task.name} {what}".encode(errors="surrogatepass")  # of any file's name
+        return np.random.default_rng([self.seed, zlib.crc32(name)])
 
     @property
     def facts(self) -> dict[str, Any]:

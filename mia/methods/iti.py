@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mia.arrays import Array, IntArray
+from mia.arrays import Array, IntArray, norms
 from mia.datasets.choices import Question, select_questions
 from mia.datasets.selection import Selection
 from mia.errors import UsageError
@@ -132,7 +132,7 @@ def directions(data: HeadData, heads: Sequence[Head]) -> dict[Head, Array]:
     for layer, head in heads:
         x = data.x[:, layer, head]
         theta = x[data.label].mean(0) - x[~data.label].mean(0)
-        theta = theta / (np.linalg.norm(theta) or 1)
+        theta = theta / (norms(theta) or 1)
         out[Head(layer, head)] = ((x @ theta).std() * theta).astype(np.float32)
     return out
 

@@ -17,7 +17,7 @@ from mia.lenses.table import LensTable, lens_rows
 from mia.methods.patching import today
 from mia.ranges import Ranges, parse_layers, parse_tokens
 from mia.request import Capture, Request, one_or_more
-from mia.sites import LENS_READS, Site, parse_many, reads_as_attn_out
+from mia.sites import KINDS, LENS_READS, Site, parse_many, reads_as_attn_out, split_spelling
 
 if TYPE_CHECKING:
     from mia.model import Model
@@ -62,7 +62,7 @@ def logit_lens(
     return LensTable(
         facts=model.facts,
         tokens=model.token_rows(ids),
-        lens=lens_rows(read, places, model.piece),
+        lens=lens_rows(read, places, model.described),
         n_tokens=len(positions),
     )
 
@@ -70,6 +70,8 @@ def logit_lens(
 def _labels(model: Model, texts: Sequence[str], layers: Ranges | None) -> dict[Site, str]:
     """The sites in the order asked for, and what the report calls each."""
     allowed = None if layers is None else set(parse_layers(layers, model.n_layer))
+    if allowed is not None and not any(_layered(text) for text in texts):
+        raise UsageError(f"layers {layers}: {' '.join(texts)} has no layers")
     labels: dict[Site, str] = {}
     for text in texts:
         if text == "all":
@@ -84,3 +86,7 @@ def _labels(model: Model, texts: Sequence[str], layers: Ranges | None) -> dict[S
     if not labels:
         raise UsageError(f"no site of {' '.join(texts)} is in layers {layers}")
     return labels
+
+
+def _layered(text: str) -> bool:
+    return text == "all" or KINDS[split_spelling(text)[0]].layered

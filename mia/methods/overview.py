@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mia.ranges import compact
 from mia.show.report import Report
 from mia.show.text import visible
 from mia.sites import KINDS
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from mia.generation import Token
     from mia.io.provenance import ModelFacts
     from mia.model import Model
+    from mia.models.claims import Algebra
+    from mia.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +36,7 @@ class Tokens(Report):
         return [t.document() for t in self.tokens]
 
     def plain(self) -> str:
-        return "\n".join(f"{t.index:4d} {t.id:7d}  {visible(t.text)}" for t in self.tokens)
+        return "\n".join(f"{t.index:4d} {t.id:7d}  {visible(t.label)}" for t in self.tokens)
 
 
 def tokens(model: Model, prompt: str | Sequence[int], *, bos: bool | None = None) -> Tokens:
@@ -47,13 +50,21 @@ def tokens(model: Model, prompt: str | Sequence[int], *, bos: bool | None = None
 
 @dataclass(frozen=True, eq=False)
 class Sites(Report):
-    """Every kind of site that a model has: names, shape of one token's row, layers, node."""
+    """Every kind of site that a model has, and those that it has not.
+
+    Attributes:
+        sites: names, shape of one token's row, layers, node; "checked" is "verified" where every
+            claim about the site was tested on numbers and held (`mia.models.claims`), else what
+            could not be tested; "note" is how the site differs from what its name says elsewhere.
+        missing: {site, layers, why} each.
+    """
 
     facts: ModelFacts
     sites: list[dict[str, Any]]
+    missing: list[dict[str, Any]]
 
     def document(self) -> dict[str, Any]:
-        return {"model": self.facts.document(), "sites": self.sites}
+        return {"model": self.facts.document(), "sites": self.sites, "missing": self.missing}
 
     def rows(self) -> list[dict[str, Any]]:
         return self.sites
@@ -62,31 +73,53 @@ class Sites(Report):
         return _rendered(self.table(240), 240)
 
     def table(self, width: int) -> RenderableType:
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         # what does not fit is left out whole, from the right
-        titles = ["site", "llama.cpp", "one token's row", "layers", "TransformerLens", "node", ""]
-        n = next((n for n, least in ((7, 160), (6, 100), (5, 88)) if width >= least), 4)
+        titles = [
+            "site", "llama.cpp", "one token's row", "layers", "checked", "TransformerLens", "node", "",
+        ]  # fmt: skip
+        n = next((n for n, least in ((8, 172), (7, 112), (6, 100)) if width >= least), 5)
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title in titles[:n]:
             table.add_column(title, no_wrap=True)
         for r in self.sites:
+            verified = r["checked"] == "verified"
             cells = [
                 r["site"],
                 r["llama.cpp"] or "",
                 " × ".join(map(str, r["shape"])),
-                "" if r["layers"] is None else "{}-{}".format(*r["layers"]),
+                r["in"],
+                Text("verified", style="green") if verified else Text("in part", style="yellow"),
                 r["transformer_lens"],
                 r["node"],
                 r["about"],
             ]
             table.add_row(*cells[:n])
-        return table
+        lines = [f"{r['site']}: {r['note']}" for r in self.sites if r["note"]]
+        lines += [
+            f"{r['site']}: checked in part: {r['checked']}"
+            for r in self.sites
+            if r["checked"] != "verified"
+        ]
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for m in self.missing:
+            reasons.setdefault((_in_layers(m["layers"]), m["why"]), []).append(m["site"])
+        lines += [f"no {', '.join(names)}{where}: {why}" for (where, why), names in reasons.items()]
+        return Group(table, *map(Text, lines)) if lines else table
+
+
+def _in_layers(layers: Sequence[int] | None) -> str:
+    return "" if layers is None else f" in layers {compact(layers)}"
 
 
 def sites(model: Model) -> Sites:
-    """Every kind of site that a model has."""
-    topology = model.unfused_topology
+    """Every kind of site that a model has, whether it was found to be what it says, and why there
+    are no others."""
+    topology, checks = model.unfused_topology, model.site_checks
+    verified = checks.verified(topology.sites)
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(s.name for s in topology.sites):
         nodes = {s: node for s, node in topology.sites.items() if s.name == name}
@@ -94,6 +127,7 @@ def sites(model: Model) -> Sites:
         node = next(iter(nodes.values()))
         kind = KINDS[name]
         shape: list[int | str] = [*node.shape, "n_keys"] if kind.by_key else list(node.shape)
+        notes = dict.fromkeys(topology.notes[s] for s in nodes if s in topology.notes)
         rows.append(
             {
                 "site": name,
@@ -101,11 +135,35 @@ def sites(model: Model) -> Sites:
                 "transformer_lens": kind.spellings("N")[2],
                 "shape": shape,
                 "layers": [min(layers), max(layers)] if layers else None,
+                "in": compact(layers).replace("..", "-") if layers else "",
                 "node": topology.nodes[node.index].name,
                 "about": topology.about(name),
+                "found": "name" if nodes.keys() & topology.by_name else "structure",
+                "checked": "verified" if name in verified else _untested(checks, name, nodes),
+                "note": "; ".join(notes),
             }
         )
-    return Sites(model.facts, rows)
+    by_reason: dict[tuple[str, str], list[int | None]] = {}
+    for site, why in topology.missing.items():
+        by_reason.setdefault((site.name, why), []).append(site.layer)
+    missing = [
+        {
+            "site": name,
+            "layers": [i for i in layers if i is not None] if len(layers) < model.n_layer else None,
+            "why": why,
+        }
+        for (name, why), layers in by_reason.items()
+    ]
+    return Sites(model.facts, rows, missing)
+
+
+def _untested(checks: Algebra, name: str, sites: Iterable[Site]) -> str:
+    """What was not tested of a kind of site."""
+    if name in checks.untested:
+        return checks.untested[name]
+    layers = [s.layer for s in sites if s.layer is not None and not checks.is_verified(s)]
+    where = _in_layers(layers) if layers else ""
+    return f"nothing about it could be tested{where}"
 
 
 # -- nodes -----------------------------------------------------------------------------
@@ -160,8 +218,8 @@ def graph(model: Model) -> Nodes:
 def _rendered(table: RenderableType, width: int) -> str:
     import io
 
-    from rich.console import Console
+    from mia.show.terminal import SafeConsole
 
     out = io.StringIO()
-    Console(file=out, width=width, highlight=False, markup=False).print(table)
+    SafeConsole(file=out, width=width).print(table)
     return out.getvalue().rstrip("\n")

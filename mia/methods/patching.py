@@ -22,7 +22,7 @@ import numpy as np
 
 from mia.edits import Edit
 from mia.errors import UsageError
-from mia.notices import notice
+from mia.notices import MissingBos, notice
 from mia.ranges import Ranges, parse_tokens
 from mia.sites import BY_KEY, RESIDUAL, parse_many, reads_as_attn_out
 
@@ -167,5 +167,6 @@ def warn_of_first_tokens(model: Model, tokens: Sequence[int], edits: Sequence[Ed
     if model.bos_token >= 0 and not model.has_bos(tokens) and any(i < 2 for i in touched):
         notice(
             f"token {min(touched)} is at the start of a prompt without a BOS, where models "
-            f"treat the first token as an attention sink; put {model.piece(model.bos_token)} in front"
+            f"treat the first token as an attention sink; put {model.piece(model.bos_token)} in front",
+            MissingBos,
         )

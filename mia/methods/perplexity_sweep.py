@@ -27,6 +27,7 @@ from mia.progress import Progress, step
 from mia.ranges import Ranges, parse_layers
 from mia.request import Request
 from mia.show.report import Report
+from mia.show.text import visible
 from mia.vectors import Vector
 from mia.vectors.expression import named
 
@@ -167,7 +168,7 @@ class PerplexitySweep(Report):
         ]
 
     def plain(self) -> str:
-        titles = "  ".join(f"{name + ' ratio [95 %]':<26s}" for name in self.texts)
+        titles = "  ".join(f"{visible(name) + ' ratio [95 %]':<26s}" for name in self.texts)
         lines = [f"layer  {titles}"]
         for i, layer in enumerate(self.layers):
             cells = [format_estimate(g.ratio[i].document()) for g in self.texts.values()]

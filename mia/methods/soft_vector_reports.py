@@ -16,7 +16,7 @@ from mia.measure.estimates import Accuracy
 from mia.methods.icl_reports import accuracy_documents, flat
 from mia.methods.optimisers import OPTIMISERS, OptimiserName
 from mia.show.report import Report
-from mia.show.text import columns
+from mia.show.text import columns, visible
 from mia.sites import Site
 
 if TYPE_CHECKING:
@@ -51,14 +51,10 @@ class SoftVector:
 
     def save(self, path: str | Path) -> None:
         """Writes safetensors. Raises `FileError`."""
-        from safetensors.numpy import save_file
+        from mia.io.files import write_safetensors
 
-        from mia.io.files import write_whole
-
-        arrays = {"means": self.means, "weights": self.weights.astype(np.float32)}
-        write_whole(
-            path, lambda p: save_file(arrays, p, metadata={**self.metadata, "kind": "soft vector"})
-        )
+        arrays: dict[str, np.ndarray[Any, Any]] = {"means": self.means, "weights": self.weights}
+        write_safetensors(path, arrays, {**self.metadata, "kind": "soft vector"})
 
 
 def blend_edits(means: Array, weights: Floats) -> list[Edit]:
@@ -178,10 +174,10 @@ class TrainedSoftVector(Report):
             if s.dev is not None
         ]
         last = (
-            f"{self.task['task']}: {self.dev:.2f} on dev after {self.evaluations} evaluations, "
+            f"{visible(self.task['task'])}: {self.dev:.2f} on dev after {self.evaluations} evaluations, "
             f"{self.soft.n_active} heads"
         )
-        return "\n".join([*lines, last if self.file is None else f"{last}; {self.file}"])
+        return "\n".join([*lines, last if self.file is None else f"{last}; {visible(self.file)}"])
 
     def plot(self, path: str | Path) -> None:
         """Draws the learning curve."""

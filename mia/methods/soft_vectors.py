@@ -39,6 +39,7 @@ from mia.arrays import Array, Floats, IntArray
 from mia.datasets.tasks import Task
 from mia.errors import FileError, RangeError, UsageError
 from mia.io.files import read_safetensors
+from mia.io.kinds import refuse_other_kind
 from mia.methods import task_vectors
 from mia.methods.icl import IclExperiment, IclPrompt, Match, TaskSetup, experiment
 from mia.methods.icl_reports import check_saved, vector_metadata
@@ -54,6 +55,7 @@ from mia.methods.soft_vector_reports import (
     blend_edits as blend_edits,
 )
 from mia.progress import step
+from mia.vectors.files import as_float32
 
 if TYPE_CHECKING:
     from mia.model import Model
@@ -66,13 +68,15 @@ _STARTS, _START_ROUNDS = 8, 3
 
 def load(path: str | Path) -> SoftVector:
     """Reads a soft vector. Raises `FileError` if the file holds none."""
+    refuse_other_kind(path, "soft vector")
     arrays, metadata = read_safetensors(path)
     means, weights = arrays.get("means"), arrays.get("weights")
     if means is None or weights is None or means.ndim != 3 or means.shape[:2] != weights.shape:
         raise FileError(f"{path} is not a soft vector (mia.methods.soft_vectors.train makes one)")
+    means = as_float32(means)  # what is too large becomes infinite
     if not (np.isfinite(means).all() and (weights >= 0).all() and (weights <= 1).all()):
         raise FileError(f"{path} has weights outside [0, 1], or numbers that are not finite")
-    return SoftVector(means.astype(np.float32), weights.astype(np.float64), metadata)
+    return SoftVector(means, weights.astype(np.float64), metadata)
 
 
 def check(soft: SoftVector, model: Model) -> None:

@@ -42,15 +42,19 @@ def explain(model: Model, edits: Sequence[Edit], *, alone: bool = True) -> list[
     from mia.engine.control_vector import is_control_vector
 
     sites = [parse(e.site, model.n_layer) for e in edits]
-    fits = [is_control_vector(e, s) for e, s in zip(edits, sites, strict=True)]
+    blocks = model.site_checks.vectors
+    likes = [is_control_vector(e, s) for e, s in zip(edits, sites, strict=True)]
+    fits = [like and s.layer in blocks for like, s in zip(likes, sites, strict=True)]
     out = []
-    for edit, site, fit in zip(edits, sites, fits, strict=True):
+    for edit, site, like, fit in zip(edits, sites, likes, fits, strict=True):
         if fit and all(fits) and alone:
             path, why = "control vector", ""
         elif fit and all(fits):
             path, why = "callback", "a control vector steers all requests of a run alike"
         elif fit:
             path, why = "callback", "other edits of this run need the callback"
+        elif like:
+            path, why = "callback", "llama.cpp adds no control vector in this block"
         else:
             path, why = "callback", _why_not(edit, site)
         op = edit.op if isinstance(edit.op, str) else getattr(edit.op, "__name__", "function")

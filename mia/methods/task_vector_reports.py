@@ -19,7 +19,7 @@ from mia.methods.icl_reports import (
     task_table,
 )
 from mia.show.report import Report
-from mia.show.text import columns
+from mia.show.text import columns, visible
 from mia.sites import Site
 from mia.vectors import Vector
 
@@ -139,8 +139,10 @@ class TrainedTaskVectors(Report):
     def plain(self) -> str:
         lines = []
         for r in self.rows():
-            line = f"{r['task']}: layer {r['layer']}, {r['dev'][str(r['layer'])]:.2f} on dev"
-            lines.append(line if r["file"] is None else f"{line}; {r['file']}")
+            line = (
+                f"{visible(r['task'])}: layer {r['layer']}, {r['dev'][str(r['layer'])]:.2f} on dev"
+            )
+            lines.append(line if r["file"] is None else f"{line}; {visible(r['file'])}")
         return "\n".join(lines)
 
 

@@ -218,7 +218,7 @@ def load(vector: Vector, layer: int | None = None) -> TaskVector:
 
     Raises `UsageError` if no layer is known, or the vector does not have it."""
     named = vector.metadata.get("layer", "")
-    if layer is None and not named.isdigit():
+    if layer is None and not (named.isdecimal() and len(named) < 10):
         raise UsageError(f"{vector.name} does not say its layer; give one of its layers")
     i = int(named) if layer is None else layer
     vector[i]  # raises if it has no such layer

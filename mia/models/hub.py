@@ -6,11 +6,15 @@ huggingface_hub is imported only to download; that a file is there is seen witho
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from mia.errors import ModelError
 from mia.llama.gguf_file import absolute, is_file
+
+#: a part of a path: no separator of any system, no drive, no control characters
+_PART = re.compile(r"[^/\\:\x00-\x1f\x7f]+")
 
 
 def hub_cache() -> Path:
@@ -28,9 +32,26 @@ def cached_file(repo: str, file: str, revision: str | None) -> Path | None:
     folder = hub_cache() / f"models--{repo.replace('/', '--')}"
     revision = revision or "main"
     ref = folder / "refs" / revision
-    commit = ref.read_text(encoding="utf-8").strip() if is_file(ref) else revision
+    if not inside(revision) or not inside(file):
+        return None
+    commit = _commit(ref) if is_file(ref) else revision
+    if not inside(commit):
+        return None
     path = folder / "snapshots" / commit / file
     return path if is_file(path) else None
+
+
+def inside(path: str) -> bool:
+    """Whether a path of a hub, its parts divided by /, stays in the folder that it begins in."""
+    return all(_PART.fullmatch(part) and part.strip(".") for part in path.split("/"))
+
+
+def _commit(ref: Path) -> str:
+    """What a branch's file in the cache says, "" if it cannot be read."""
+    try:
+        return ref.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def fetch(repo: str, file: str, revision: str | None) -> Path:

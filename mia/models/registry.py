@@ -19,17 +19,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mia.errors import ModelError
+from mia.errors import ModelError, did_you_mean
+from mia.llama.gguf_check import check_gguf
 from mia.llama.gguf_file import (
     absolute,
-    check_gguf,
     existing,
     is_file,
-    near,
     split_names,
     split_parts,
 )
-from mia.models.hub import cached_file, fetch, hub_cache
+from mia.models.hub import cached_file, fetch, hub_cache, inside
 
 __all__ = [
     "KV_TYPES",
@@ -155,6 +154,8 @@ def _read_toml(source: Path) -> dict[str, Any]:
         tables: dict[str, Any] = tomllib.loads(source.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ModelError(f"{source} cannot be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise ModelError(f"{source} is not valid TOML: it is nested too deep") from error
     except ValueError as error:  # bad toml or bad utf-8
         raise ModelError(f"{source} is not valid TOML: {error}") from error
     return tables
@@ -172,7 +173,7 @@ def _parse_entry(name: str, table: Any, source: Path) -> ModelSpec:
         if isinstance(value, dict):
             wrong(f'unknown table {key!r} (a name with a dot needs quotes: ["{name}.{key}"])')
         if key not in _KEYS:
-            wrong(f"unknown key {key!r}{near(key, _KEYS)}")
+            wrong(f"unknown key {key!r}{did_you_mean(key, _KEYS)}")
         kind, types = _KEYS[key]
         if type(value) not in types:  # not isinstance: a bool is an int
             wrong(f"{key} = {value!r} is not {kind}")
@@ -200,10 +201,12 @@ def _check_values(table: dict[str, Any], wrong: Callable[[str], NoReturn]) -> No
         for key in ("repo", "file"):
             if key not in table:
                 wrong(f"{hub[0]} is given without {key}")
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", table["repo"]):
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", table["repo"]) or not inside(table["repo"]):
             wrong(f"repo = {table['repo']!r} is not of the form owner/name")
-        if not table["file"].endswith(".gguf") or {"", ".."} & set(table["file"].split("/")):
+        if not table["file"].endswith(".gguf") or not inside(table["file"]):
             wrong(f"file = {table['file']!r} is not a .gguf file of the repo")
+        if "revision" in table and not inside(table["revision"]):
+            wrong(f"revision = {table['revision']!r} is not a branch, a tag or a commit")
     if isinstance(table.get("bos"), str) and "bos_token" in table:
         wrong("bos names a token and bos_token too: keep one")
     if table.get("ctx", 1) < 1:
@@ -304,7 +307,7 @@ def _template(spec: ModelSpec) -> str | None:
 def _unknown(name: str, specs: Iterable[str]) -> ModelError:
     known = ", ".join(sorted(specs))
     return ModelError(
-        f"unknown model {name!r}{near(name, specs)} (known: {known}; or the path of a .gguf file)"
+        f"unknown model {name!r}{did_you_mean(name, specs)} (known: {known}; or the path of a .gguf file)"
     )
 
 

@@ -10,6 +10,7 @@ from mia.errors import UsageError
 from mia.models import registry
 from mia.progress import progress_is_shown
 from mia.show.report import Report
+from mia.show.text import visible
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,8 @@ class Models(Report):
         lines = []
         for m in self.models:
             size = f"{m['bytes'] / 1e6:8.0f} MB" if m["bytes"] else " " * 11
-            lines.append(f"{m['name']:<20s} {size}  {m['path'] if m['present'] else m['problem']}")
+            where = m["path"] if m["present"] else m["problem"]
+            lines.append(f"{visible(m['name']):<20s} {size}  {visible(where)}")
         return "\n".join(lines)
 
 
@@ -92,7 +94,7 @@ class Conversion(Report):
         return [self.document()]
 
     def plain(self) -> str:
-        return f"{self.file}  {self.bytes / 1e6:.0f} MB"
+        return f"{visible(self.file)}  {self.bytes / 1e6:.0f} MB"
 
 
 def convert(source: str, kind: str, file: str) -> Conversion:
@@ -109,7 +111,7 @@ def convert(source: str, kind: str, file: str) -> Conversion:
     """
     from mia.io.files import check_writable, write_whole
     from mia.llama import FILE_TYPES, convert_file
-    from mia.model import processors
+    from mia.llama.c_numbers import processors
 
     if not file.lower().endswith(".gguf"):
         raise UsageError(f"{file}: the file's name must end in .gguf")

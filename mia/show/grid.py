@@ -24,23 +24,33 @@ _NUMBER, _BARE = 6, 2
 _QUERY = 16
 
 
-def grid(a: Array, title: str, width: int, *, diverging: bool = False) -> RenderableType:
+def grid(
+    a: Array,
+    title: str,
+    width: int,
+    *,
+    diverging: bool = False,
+    names: Sequence[int] | None = None,
+    across: str = "heads",
+) -> RenderableType:
     """An array (n_layer, n_head) as coloured cells, with their numbers where these fit.
 
     Args:
         width: columns of the terminal.
         diverging: red above 0, blue below it; else inferno from 0 to the largest.
+        names: the layer of each row, from 0 by default.
+        across: what the columns are.
     """
     from rich.console import Group
 
     top = float(np.nanmax(np.abs(a))) if np.isfinite(a).any() else 1.0
     cell = _NUMBER if _NUMBER * a.shape[1] + 6 <= width else _BARE
     lines = [
-        Text(f"{title} (layers down, heads across)", style="bold"),
+        Text(f"{title} (layers down, {across} across)", style="bold"),
         Text(" " * 5 + "".join(f"{h:>{cell}d}" for h in range(a.shape[1])), style="dim"),
     ]
     for i, row in enumerate(a):
-        line = Text().append(f"{i:4d} ", style="dim")
+        line = Text().append(f"{i if names is None else names[i]:4d} ", style="dim")
         for x in row:
             text = f"{x:{cell}.2f}" if cell > _BARE else " " * cell
             if np.isfinite(x):
@@ -48,6 +58,37 @@ def grid(a: Array, title: str, width: int, *, diverging: bool = False) -> Render
                 line.append(text, style=style(float(x), top or 1.0))
             else:
                 line.append(" " * cell)
+        lines.append(line)
+    return Group(*lines)
+
+
+def cells_fit(n_columns: int, width: int) -> bool:
+    """Whether a `grid` of so many columns fits into a terminal."""
+    return _BARE * n_columns + 5 <= width
+
+
+def words(
+    texts: Sequence[Sequence[str]],
+    shares: Array,
+    *,
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+) -> RenderableType:
+    """Cells (n_rows, n_columns) with a word in each, coloured by a share from 0 to 1. The names of
+    columns are cut to fit."""
+    from rich.console import Group
+
+    cell = max(len(text) for row in texts for text in row) + 1
+    name = max(map(len, rows)) + 1
+    lines = [
+        Text(title, style="bold"),
+        Text(" " * name + "".join(f"{c[: cell - 1]:>{cell}s}" for c in columns), style="dim"),
+    ]
+    for label, row, values in zip(rows, texts, shares, strict=True):
+        line = Text().append(f"{label:>{name - 1}s} ", style="dim")
+        for text, share in zip(row, values, strict=True):
+            line.append(f"{text:>{cell}s}", style=_sequential(float(share), 1.0))
         lines.append(line)
     return Group(*lines)
 

@@ -11,13 +11,15 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mia.arrays import Array
 from mia.errors import UsageError
-from mia.io.files import write_whole
+from mia.io.files import write_bytes
 from mia.show.plots import INFERNO
+from mia.show.text import safe
 
 
 def attention_page(
@@ -47,12 +49,12 @@ def attention_page(
     rows, columns = np.tril_indices(n)
     packed = np.rint(weights[..., rows, columns] / top * 65535).astype("<u2")
     data = {
-        "title": title,
-        "about": about,
-        "bar": bar,
+        "title": safe(title),
+        "about": safe(about, "\n"),
+        "bar": safe(bar),
         "layers": [int(i) for i in layers],
         "heads": [int(h) for h in heads],
-        "tokens": list(pieces),
+        "tokens": [safe(p) for p in pieces],
         "max": top,
         "colours": INFERNO,
         "weights": base64.b64encode(packed.tobytes()).decode(),
@@ -63,10 +65,28 @@ def attention_page(
     return template.replace("/*DATA*/null", text, 1)
 
 
+def terminal_page(parts: Sequence[Any], *, title: str) -> str:
+    """A page of what a terminal would show, below each other: rich's renderables or plain text."""
+    from html import escape
+    from io import StringIO
+
+    from rich.console import Console
+
+    console = Console(record=True, file=StringIO(), width=100_000, color_system="truecolor")
+    for part in parts:
+        console.print(part, markup=False, highlight=False, crop=False)
+        console.print()
+    code = "".join(
+        line.rstrip() + "\n"
+        for line in console.export_html(inline_styles=True, code_format="{code}").splitlines()
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"</head>\n<body><h1>{escape(title)}</h1>\n"
+        f'<pre style="line-height:1.25">{code}</pre></body></html>\n'
+    )
+
+
 def write_page(path: str | Path, page: str) -> None:
     """Writes a page, whole or not at all. Raises `FileError`."""
-
-    def write(p: Path) -> None:
-        p.write_text(page, encoding="utf-8")
-
-    write_whole(path, write)
+    write_bytes(path, page.encode())

@@ -6,6 +6,7 @@ as .png, .svg or .pdf. Nothing here changes matplotlib's global state.
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import numpy.typing as npt
 
 from mia.arrays import Array
 from mia.errors import FileError, UsageError
-from mia.io.files import check_writable, write_whole
+from mia.io.files import check_writable, write_bytes
+from mia.show.text import safe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,12 +74,20 @@ def check_picture(path: str | Path, more: Sequence[str] = ()) -> Path:
 def save(fig: Figure, path: str | Path, *, dpi: int = _DPI) -> None:
     """Writes .png, .svg or .pdf, whole or not at all. Raises `FileError`."""
     import matplotlib as mpl
+    from matplotlib.text import Text
 
     kind = check_picture(path).suffix.lower().removeprefix(".")
     # text stays text, and the same picture gives the same file
     fixed = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    for text in fig.findobj(Text):  # control characters are no XML
+        assert isinstance(text, Text)
+        if text.get_text() != (shown := safe(text.get_text(), "\n")):
+            text.set_text(shown)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mia"}):
-        write_whole(path, lambda p: fig.savefig(p, format=kind, dpi=dpi, metadata=fixed))
+        # drawn first: what draws would say of a full disk no more than that it could not
+        drawn = io.BytesIO()
+        fig.savefig(drawn, format=kind, dpi=dpi, metadata=fixed)
+    write_bytes(path, drawn.getbuffer())
 
 
 def heatmap(
@@ -403,6 +413,7 @@ def _legend(fig: Figure, lines: Sequence[Line], looks: Mapping[str, tuple[str, A
 
 def _entry(text: str, most: int = 60) -> str:
     """A legend's text. One that begins with an underscore would be left out."""
+    text = safe(text)
     text = text if len(text) <= most else text[: most - 1] + "…"
     return f" {text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
 
@@ -418,14 +429,15 @@ def _title(fig: Figure, axes: Axes, title: str) -> None:
 
 def wrapped(title: str, inches: float) -> str:
     """As many lines as it takes; a dollar sign would begin a formula."""
-    return textwrap.fill(title, max(int(10 * inches), 20)).replace("$", r"\$")
+    shown = textwrap.fill(safe(title, "\n"), max(int(10 * inches), 20))
+    return shown.replace("$", r"\$")
 
 
 def _ticks(
     axes: Axes, axis: str, n: int, labels: Sequence[str] | None, inches: float, size: float = 8
 ) -> None:
     """As many labels as fit on an axis of this many inches: every one, or each second, fifth, …"""
-    texts = [str(i) for i in range(n)] if labels is None else list(labels)
+    texts = [str(i) for i in range(n)] if labels is None else [safe(x) for x in labels]
     if len(texts) != n:
         raise UsageError(f"got {len(texts)} labels for {n} cells")
     upright = axis == "x" and max(map(len, texts)) > 3

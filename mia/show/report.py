@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mia.errors import UsageError
+from mia.show.text import safe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 class Report:
     """The result of an experiment. A subclass writes `document` and `plain`, and `table`, `rows`
     and `plot` where there is more to show."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it says that something is not as it should be."""
+        return False
 
     def document(self) -> dict[str, Any]:
         """The whole result as JSON has it."""
@@ -35,7 +41,7 @@ class Report:
         """The result as a terminal of this many columns shows it."""
         from rich.text import Text
 
-        return Text(self.plain())
+        return Text(safe(self.plain(), "\n\t"))
 
     def rows(self) -> list[dict[str, Any]]:
         """The result as a list of flat records."""
@@ -65,9 +71,9 @@ class Report:
     def _repr_html_(self) -> str:
         import io
 
-        from rich.console import Console
+        from mia.show.terminal import SafeConsole
 
-        console = Console(record=True, file=io.StringIO(), width=110, color_system="truecolor")
+        console = SafeConsole(record=True, file=io.StringIO(), width=110, color_system="truecolor")
         console.print(self.table(110))
         return console.export_html(
             inline_styles=True, code_format='<pre style="line-height:1.25">{code}</pre>'

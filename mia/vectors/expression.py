@@ -17,13 +17,20 @@ def read(text: str, facts: ModelFacts | None = None) -> Vector:
     Args:
         facts: of the model it is for; a notice says where it was made with another one.
     """
-    if Path(text).exists() or not any(c in text for c in "+-*/() "):
+    if _exists(text) or not any(c in text for c in "+-*/() "):
         vector = load(text)
     else:
         vector = combine(text, lambda name: load(name).renamed(Path(name).stem))
     if facts is not None:
         warn_of_other_model(vector.sources, text, facts)
     return vector
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a name, as arithmetic may be
+        return False
 
 
 def named(vector: Vector | str, facts: ModelFacts) -> tuple[Vector, str]:
@@ -83,7 +90,10 @@ class _Expression:
         raise UsageError(f"{self.text!r}: cannot read {rest!r}")
 
     def value(self) -> Vector:
-        result = self._sum()
+        try:
+            result = self._sum()
+        except RecursionError as err:
+            raise UsageError("the arithmetic with vectors is nested too deep") from err
         if self.words:
             raise UsageError(f"{self.text!r}: {self.words[0][1]!r} is not expected there")
         if not isinstance(result, Vector):

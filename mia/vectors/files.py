@@ -19,13 +19,17 @@ import numpy.typing as npt
 
 from mia.arrays import Array
 from mia.errors import FileError, UsageError
-from mia.io.files import check_writable, read_safetensors
+from mia.io import files
+from mia.io.files import check_writable, existing_file, read_npy, read_safetensors
+from mia.io.kinds import refuse_other_kind
+from mia.io.runs import reading
 from mia.sites import LAYERED
 
 #: directions by layer, their site, metadata
 Parts = tuple[dict[int, Array], str, dict[str, str]]
 
 _PREFIX = "mia."  # of our metadata in a GGUF
+_LAYER = "0|[1-9][0-9]{0,5}"
 
 
 def check_suffix(path: str | Path, site: str) -> None:
@@ -48,8 +52,9 @@ def check_file(path: str | Path, site: str = "resid_post") -> None:
 
 def read_directions(path: Path) -> Parts:
     """Reads a vector file. Raises `FileError`, or `UsageError` for numbers that are not real."""
-    if not path.is_file():
-        raise FileError(f"there is no file {path}")
+    reading(path)
+    existing_file(path)
+    refuse_other_kind(path, "vector")
     readers = {".npy": _read_npy, ".safetensors": _read_safetensors}
     return readers.get(path.suffix, _read_gguf)(path)
 
@@ -72,27 +77,17 @@ def write_gguf_vector(
 def write_safetensors(
     path: Path, directions: Mapping[int, Array], site: str, metadata: Mapping[str, str]
 ) -> None:
-    from safetensors.numpy import save_file
-
-    from mia.io.files import write_whole
-
-    arrays = {f"direction.{i}": np.ascontiguousarray(v) for i, v in directions.items()}
-    facts = {**metadata, "site": site}
-    write_whole(path, lambda p: save_file(arrays, p, metadata=facts))
+    arrays = {f"direction.{i}": v for i, v in directions.items()}
+    files.write_safetensors(path, arrays, {**metadata, "site": site})
 
 
 def _read_npy(path: Path) -> Parts:
-    try:
-        a = as_float32(np.load(path, allow_pickle=False))
-    except UsageError:  # a ValueError too, but it says what is wrong
-        raise
-    except (ValueError, OSError, EOFError) as err:
-        raise FileError(f"{path} is not a .npy array: {err}") from err
-    if a.ndim != 2 or not a.any():
+    a = read_npy(path)
+    if a.ndim != 2 or not np.count_nonzero(a):
         raise FileError(
             f"{path} has shape {a.shape}; a vector file is (n_layer, n_embd), not all zero"
         )
-    return {i: v for i, v in enumerate(a) if v.any()}, "resid_post", {}
+    return {i: v for i, v in enumerate(a) if np.count_nonzero(v)}, "resid_post", {}
 
 
 def _read_safetensors(path: Path) -> Parts:
@@ -101,7 +96,7 @@ def _read_safetensors(path: Path) -> Parts:
     site = metadata.pop("site", "resid_post")
     first = next(iter(arrays), "")
     for name, rows in arrays.items():
-        m = re.fullmatch(r"(direction|[a-z_]+)\.(\d+)", name)
+        m = re.fullmatch(rf"([a-z_]+)\.({_LAYER})", name)
         if m is None or m[1] not in ("direction", *LAYERED) or rows.shape[-1:] != (rows.size,):
             raise FileError(
                 f"{path}: {name} is not the direction of a layer (direction.N, one row)"
@@ -119,15 +114,17 @@ def _read_gguf(path: Path) -> Parts:
     from mia.models.registry import check_gguf
 
     check_gguf(path)
+    facts = file_strings(path)  # llama.cpp's own reading refuses what is damaged
     weights = Weights(path)
     directions = {}
     for name in weights.names:
-        m = re.fullmatch(r"direction\.(\d+)", name)
+        m = re.fullmatch(rf"direction\.({_LAYER})", name)
         if m is not None:
+            if len(weights.shape(name)) != 1:
+                raise FileError(f"{path}: {name} has shape {weights.shape(name)}, not (width,)")
             directions[int(m[1])] = weights.vector(name)
     if not directions:
         raise FileError(f"{path} is not a control vector: it has no tensor direction.N")
-    facts = file_strings(path)
     metadata = {k.removeprefix(_PREFIX): v for k, v in facts.items() if k.startswith(_PREFIX)}
     hint = facts.get("controlvector.model_hint")
     if hint and hint != "unknown":
@@ -141,5 +138,5 @@ def as_float32(a: npt.ArrayLike) -> Array:
     Raises `UsageError` for complex numbers."""
     if np.iscomplexobj(a):
         raise UsageError("a direction's numbers are real, not complex")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(a, np.float32)

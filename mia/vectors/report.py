@@ -107,7 +107,7 @@ class VectorDetails(VectorReport):
 
     def plain(self) -> str:
         metadata = self.vector.metadata
-        lines = [f"{key}: {value}" for key, value in metadata.items() if key in _PRINTED]
+        lines = [f"{key}: {visible(value)}" for key, value in metadata.items() if key in _PRINTED]
         lines.append(f"site: {self.vector.site}")
         norms = super().plain().split("\n")
         if not self.toward:

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mia.arrays import Array
+from mia.arrays import Array, Floats, cosine, dot, norms
 from mia.edits import Edit, Tokens
 from mia.errors import FileError, UsageError
 from mia.notices import notice
 from mia.ranges import Ranges, compact, parse_layers
 from mia.sites import LAYERED, Site
+from mia.values import number, real_array, shown, whole
 from mia.vectors.files import (
-    as_float32,
     check_suffix,
     read_directions,
     write_gguf_vector,
@@ -50,15 +50,28 @@ class Vector:
             raise UsageError("a vector needs a direction for at least one layer")
         if self.site not in LAYERED:
             raise UsageError(f"a vector's site is one of {', '.join(LAYERED)}, not {self.site!r}")
-        ready = {int(i): as_float32(v) for i, v in sorted(self.directions.items())}
+        if not isinstance(self.directions, Mapping):
+            raise UsageError(
+                f"a vector's directions are {{layer: row}}, not {shown(self.directions)}"
+            )
+        layers = [whole(i, "a vector's layer") for i in self.directions]
+        if min(layers) < 0:
+            raise UsageError(f"a vector's layers count from 0; there is no layer {min(layers)}")
+        ready = {
+            i: real_array(v, f"the direction of layer {i}")
+            for i, v in sorted(
+                zip(layers, self.directions.values(), strict=True), key=lambda x: x[0]
+            )
+        }
         for layer, v in ready.items():
-            if v.ndim != 1 or v.shape != ready[min(ready)].shape:
+            if v.ndim != 1 or not v.size or v.shape != ready[min(ready)].shape:
                 raise UsageError(
                     f"the direction of layer {layer} has shape {v.shape}, not (width,)"
                 )
             if not np.isfinite(v).all():
                 raise UsageError(f"the direction of layer {layer} has numbers that are not finite")
         object.__setattr__(self, "directions", ready)
+        _sources(self.metadata)
 
     def __repr__(self) -> str:
         return (
@@ -80,9 +93,8 @@ class Vector:
     @property
     def sources(self) -> list[Mapping[str, str]]:
         """Its metadata; for the result of arithmetic, the metadata of each operand."""
-        if "sources" not in self.metadata:
-            return [self.metadata]
-        return list(json.loads(self.metadata["sources"]).values())
+        sources = _sources(self.metadata)
+        return [self.metadata] if sources is None else list(sources.values())
 
     def __getitem__(self, layer: int) -> Array:
         """The direction of a layer, (width,). Raises `UsageError` naming the vector's layers."""
@@ -100,15 +112,16 @@ class Vector:
         return self._combined(other, -1, "-")
 
     def __mul__(self, factor: float) -> Vector:
-        return self._mapped(lambda v: v * np.float32(factor), f"{factor:g}*{_bracketed(self.name)}")
+        number(factor, "a vector's factor")
+        return self._mapped(lambda v: v * np.float64(factor), f"{factor:g}*{_bracketed(self.name)}")
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Vector:
-        if divisor == 0:
+        if number(divisor, "a vector's divisor") == 0:
             raise UsageError(f"{self.name} cannot be divided by 0")
         return self._mapped(
-            lambda v: v / np.float32(divisor), f"{_bracketed(self.name)}/{divisor:g}"
+            lambda v: v / np.float64(divisor), f"{_bracketed(self.name)}/{divisor:g}"
         )
 
     def __neg__(self) -> Vector:
@@ -117,20 +130,21 @@ class Vector:
     @property
     def norms(self) -> dict[int, float]:
         """Length of each layer's direction."""
-        return {i: float(np.linalg.norm(v)) for i, v in self.directions.items()}
+        return {i: float(norms(v)) for i, v in self.directions.items()}
 
     def dot(self, other: Vector) -> dict[int, float]:
         """Scalar products at the layers that both have."""
-        return {i: float(self[i] @ other[i]) for i in self._common(other)}
+        return {i: dot(self[i], other[i]) for i in self._common(other)}
 
     def cosine(self, other: Vector) -> dict[int, float]:
         """Cosines at the layers that both have; 0 if a direction is zero."""
-        a, b, dots = self.norms, other.norms, self.dot(other)
-        return {i: d / (a[i] * b[i]) if a[i] * b[i] else 0.0 for i, d in dots.items()}
+        return {i: cosine(self[i], other[i]) for i in self._common(other)}
 
     def unit(self) -> Vector:
         """Each direction at length 1; a zero one stays zero."""
-        return self._mapped(lambda v: v / (np.linalg.norm(v) or 1), f"unit({self.name})")
+        return self._mapped(
+            lambda v: (v / (norms(v) or 1)).astype(np.float32), f"unit({self.name})"
+        )
 
     def onto(self, other: Vector) -> Vector:
         """The part of it along `other`, at the layers that both have."""
@@ -170,9 +184,9 @@ class Vector:
             directions = {i: f(v).astype(np.float32) for i, v in self.directions.items()}
         return replace(self, directions=directions, metadata=_derived(name, self))
 
-    def _paired(self, other: Vector, f: Callable[[Array, Array], Array], word: str) -> Vector:
+    def _paired(self, other: Vector, f: Callable[[Array, Array], Floats], word: str) -> Vector:
         with np.errstate(over="ignore", invalid="ignore"):
-            directions = {i: f(self[i], other[i]) for i in self._common(other)}
+            directions = {i: f(self[i], other[i]).astype(np.float32) for i in self._common(other)}
         name = f"{_bracketed(self.name)} {word} {_bracketed(other.name)}"
         return Vector(directions, self.site, _derived(name, self, other))
 
@@ -288,13 +302,32 @@ def load(path: str | Path) -> Vector:
 # -- names and provenance ----------------------------------------------------------
 
 
-def _along(a: Array, b: Array) -> Array:
-    square = float(b @ b)
-    return (a @ b / square * b if square else np.zeros_like(a)).astype(np.float32)
+def _along(a: Array, b: Array) -> Floats:
+    square = dot(b, b)
+    return dot(a, b) / square * b.astype(np.float64) if square else np.zeros(len(a))
 
 
 def _bracketed(name: str) -> str:
     return name if re.fullmatch(r"[\w.*]+", name) else f"({name})"
+
+
+def _sources(metadata: Mapping[str, str]) -> dict[str, dict[str, str]] | None:
+    """The metadata of the operands that arithmetic made a vector of, by name; None if it did not.
+
+    Raises `UsageError` if a file says something else there."""
+    if "sources" not in metadata:
+        return None
+    text = metadata["sources"]
+    try:
+        sources = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        sources = None
+    if not isinstance(sources, dict) or not all(
+        isinstance(facts, dict) and all(isinstance(v, str) for v in facts.values())
+        for facts in sources.values()
+    ):
+        raise UsageError(f"the vector's sources are {text!r:.60}, not the metadata of each operand")
+    return sources
 
 
 def _derived(name: str, *parents: Vector) -> dict[str, str]:
@@ -303,7 +336,7 @@ def _derived(name: str, *parents: Vector) -> dict[str, str]:
     same = {k: v for k, v in first.items() if all(p.metadata.get(k) == v for p in parents)}
     sources: dict[str, dict[str, str]] = {}
     for p in parents:
-        inherited = json.loads(p.metadata["sources"]) if "sources" in p.metadata else None
+        inherited = _sources(p.metadata)
         own = {k: v for k, v in p.metadata.items() if k not in ("name", "sources")}
         sources.update(inherited or {p.name: own})
     return {**same, "name": name, "sources": json.dumps(sources, ensure_ascii=False)}

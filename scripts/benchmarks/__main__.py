@@ -67,7 +67,7 @@ def conditions_of(bench: Bench) -> dict[str, object]:
     info = library_info()
     return {
         "model": bench.model.name,
-        "machine": probe._processor(),
+        "machine": probe.processor_name(),
         "threads": bench.model.threads,
         "llama_cpp_python": info["llama_cpp_python"],
         "features": info["features"],

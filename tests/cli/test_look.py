@@ -10,6 +10,7 @@ from oracle import Oracle
 from tiny_gguf import write_tiny
 
 from mia.io import activations
+from mia.model import Model
 
 PROMPT = "The capital of France is"
 
@@ -43,6 +44,22 @@ def test_prompts_come_from_files_and_stdin(tmp_path: Path) -> None:
     expected = document("tokens", "-p", PROMPT)["tokens"]
     assert document("tokens", "-f", "p.txt")["tokens"] == expected
     assert document("tokens", "-f", "-", stdin=PROMPT)["tokens"] == expected
+
+
+def test_a_newline_at_the_end_of_a_file_is_not_of_the_prompt(tmp_path: Path, path: Path) -> None:
+    """Editors and `echo` put it there; kept, the next token is that of a new line."""
+
+    def ids(*words: str, text: str) -> list[int]:
+        (tmp_path / "p.txt").write_text(text)
+        file = document("tokens", "-f", "p.txt", *words)["tokens"]
+        assert document("tokens", "-f", "-", *words, stdin=text)["tokens"] == file
+        return [t["id"] for t in file]
+
+    with Model(path, threads=1) as m:
+        assert ids(text=f"{PROMPT}\n") == m.tokenize(PROMPT)
+        assert ids(text=f"{PROMPT}\r\n") == m.tokenize(PROMPT)
+        assert ids(text=f"{PROMPT}\n\n") == m.tokenize(f"{PROMPT}\n")
+        assert ids("--keep-newline", text=f"{PROMPT}\n") == m.tokenize(f"{PROMPT}\n")
 
 
 def test_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Options mean the same everywhere, and docs/options.md says what."""
+"""Options mean the same everywhere, docs/options.md says what, and none is without effect."""
 
 import re
 from collections import defaultdict
@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import typer
+from commands import refused, run
 
 from mia.cli import app
+from mia.llama.library import library_info
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 #: options of one name that cannot mean quite the same, and why
@@ -53,3 +55,90 @@ def test_the_page_lists_every_option_that_commands_share(
     shared = {name for name, by_command in options.items() if len(by_command) > 1}
     assert shared <= listed, f"missing: {sorted(shared - listed)}"
     assert listed <= options.keys(), f"no such option: {sorted(listed - options.keys())}"
+
+
+# -- without effect ---------------------------------------------------------------------
+
+_P = ["-p", "The cat"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*_P, "--keep-newline"], "--keep-newline is for a prompt from a file or stdin (-f)"),
+        ([*_P, "--patch-mode", "add"], "--patch-mode needs --patch"),
+        ([*_P, "--steer-coeff", "2"], "--steer-coeff and --steer-layers need --steer"),
+        ([*_P, "--steer-layers", "2"], "--steer-coeff and --steer-layers need --steer"),
+        ([*_P, "--ablate-with", "zero"], "no heads to ablate: set ablate or select"),
+        ([*_P, "--ablate-attention"], "no heads to ablate: set ablate or select"),
+        (
+            [*_P, "--ablate", "0.1", "--ablate-seed", "1"],
+            "--ablate-seed needs --ablate-with resample or resample-from FILE",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "logit-lens", "save", "attention", "perplexity"])
+def test_changes_without_effect_are_refused(command: str, words: list[str], message: str) -> None:
+    more = ["l_out-1", "a.safetensors"] if command == "save" else []
+    assert refused(command, *more, *words) == message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["heads", "--repeat-random", "5", "--chat"], "--chat needs a prompt (-p, -f)"),
+        (["heads", *_P, "--prompts", "4"], "--prompts needs --repeat-random N"),
+        (["heads", "--repeat-random", "5", "--draws", "4"], "--draws needs --ablate-top K"),
+        (["logit-lens", "embed", *_P, "--layers", "1"], "layers 1: embed has no layers"),
+        (
+            ["vector", "show", "v.gguf", "-k", "0", "--ctx", "9"],
+            "--ctx needs a model, and -k 0 opens none",
+        ),
+        (
+            ["vector", "combine", "v.gguf", "-o", "w.safetensors", "--layer-zero"],
+            "--layer-zero is for a .gguf; w.safetensors keeps layer 0 anyway",
+        ),
+        (
+            ["caa", "train", "ab.json", "-o", "w.safetensors", "--layer-zero"],
+            "--layer-zero is for a .gguf; w.safetensors keeps layer 0 anyway",
+        ),
+        (
+            ["models", "--json", "pull", "x"],
+            "options of mia models pull stand behind its name",
+        ),
+    ],
+)
+def test_options_that_another_would_need_are_refused(
+    words: list[str], message: str, vector_files: None
+) -> None:
+    result = run(*words, code=1)
+    assert result.stderr == f"mia: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seed", "0"], "--seed does nothing: at temperature 0 nothing is drawn"),
+        (
+            ["--top-p", ".5", "--min-p", ".1"],
+            "--top-p and --min-p do nothing: at temperature 0 nothing is drawn",
+        ),
+        (
+            ["-n", "0", "--temperature", "1"],
+            "--temperature does nothing: -n 0 generates nothing",
+        ),
+        (["--no-baseline"], "nothing is changed, so that there is one run"),
+        (["--repeat-penalty", "1.2"], ""),
+        (["--temperature", "1", "--seed", "2", "--top-p", ".5"], ""),
+        (["--ablate", "0.1", "--no-baseline"], ""),
+    ],
+)
+def test_options_of_a_sweep_that_do_nothing_are_told(words: list[str], message: str) -> None:
+    told = run("run", *_P, "-n", "1", *words).stderr
+    assert message in told if message else told == ""
+    assert run("run", *_P, "-n", "1", *words, "-q").stderr == ""
+
+
+def test_gpu_layers_without_a_gpu_are_told() -> None:
+    gpu = library_info()["gpu"] == "yes"
+    assert ("built for the CPU alone" in run("tokens", *_P, "--gpu-layers", "1").stderr) != gpu

@@ -307,3 +307,9 @@ def test_wrong_changes_are_refused(words: list[str], message: str) -> None:
 def test_mean_without_a_file_is_a_usage_error() -> None:
     result = run("run", "-p", LONG, "--ablate", "0.1", "--ablate-with", "mean", code=2)
     assert "--ablate-with expects 2 values, got 1" in result.stderr
+
+
+@pytest.mark.parametrize("word", ["--save=a", "--patch=a"])
+def test_the_values_of_a_long_option_stand_after_it(word: str) -> None:
+    result = run("run", "-p", PROMPT, word, code=2)
+    assert f"{word[:-2]} expects " in result.stderr and "values after it" in result.stderr

@@ -12,7 +12,9 @@ GROUPS = sorted(p for p in FOLDER.glob("*.py") if not p.name.startswith("_"))
 
 
 def test_the_command_line_is_small() -> None:
-    assert sum(len(p.read_text().splitlines()) for p in FOLDER.glob("*.py")) < 3000
+    assert (
+        sum(len(p.read_text().splitlines()) for p in FOLDER.glob("*.py")) < 3200
+    )  # 38 commands and their options
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=lambda p: p.stem)

@@ -74,4 +74,4 @@ def test_choices_are_those_of_the_library() -> None:
     assert get_type_hints(soft_vector.train)["optimiser"] == OptimiserName
     assert get_type_hints(soft_vector.evaluate)["match"] == Match
     assert get_type_hints(task_vector.evaluate)["match"] == Match
-    assert "Invalid value for '--optimiser'" in run(*TRAIN, "--optimiser", "x", code=2).stderr
+    assert "invalid value for '--optimiser'" in run(*TRAIN, "--optimiser", "x", code=2).stderr

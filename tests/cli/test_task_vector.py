@@ -134,4 +134,4 @@ def test_refusals_are_one_line(words: tuple[str, ...], message: str) -> None:
 
 
 def test_an_unknown_match_is_a_usage_error() -> None:
-    assert "Invalid value for '--match'" in run(*EVAL, "--match", "some", code=2).stderr
+    assert "invalid value for '--match'" in run(*EVAL, "--match", "some", code=2).stderr

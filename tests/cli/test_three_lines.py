@@ -1,16 +1,22 @@
 """What a command prints, Python prints in three lines at most."""
 
+import contextlib
 import json
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import run
+from commands import document, refused, run
 from letters import write_tasks
 from one_prompt import PROMPT
+from tiny_gguf import write_tiny
 from typer.main import get_command
 
 from mia.cli import app
+from mia.methods.rerun import NOT_REPLAYABLE
 from mia.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore::mia.notices.MiaWarning")  # the command says them
@@ -39,6 +45,12 @@ SAME: dict[str, tuple[list[str], str]] = {
     "attention": (
         ["-p", PROMPT, "--layers", "1", "-k", "2"],
         'from mia.methods.attention import attention\nreport = attention(m, P, layers="1", k=2)',
+    ),
+    "experts": (
+        ["-m", "mixture.gguf", "-p", PROMPT, "--layers", "1..2", "-k", "2"],
+        "from mia import Model\n"
+        "from mia.methods.experts import experts\n"
+        'with Model("mixture.gguf", threads=1) as m: report = experts(m, P, layers="1..2", k=2)',
     ),
     "heads": (
         ["--repeat-random", "5", "--prompts", "2"],
@@ -214,6 +226,10 @@ SAME: dict[str, tuple[list[str], str]] = {
         ["tiny.gguf", "f16", "w.gguf"],
         'from mia.models.reports import convert\nreport = convert("tiny.gguf", "f16", "w.gguf")',
     ),
+    "replay": (
+        ["tokens.json"],
+        'from mia.methods.replay import replay\nreport = replay("tokens.json")',
+    ),
     "doctor": ([], "from mia.models.doctor import doctor\nreport = doctor(m)"),
 }
 #: `models pull` needs a hub (tests/models), `demo` smollm2 (tests/test_smollm2.py)
@@ -239,15 +255,15 @@ def data(folder: Path, path: Path, vector_files: None) -> None:
     write_tasks(folder)
     Path("on.txt").write_text("The cat sat\nThe sky is blue\n")
     (folder / "tiny.gguf").symlink_to(path)
+    write_tiny(folder / "mixture.gguf", "mixtral")
     with Model(path, threads=1) as m:
         m.look(PROMPT, "l_out-1").save("a.npy")
+    run("tokens", "-p", PROMPT, "-o", "tokens.json")
 
 
-@pytest.mark.filterwarnings("default::mia.notices.MiaWarning")
-@pytest.mark.parametrize("name", SAME)
-def test_python_prints_what_the_command_prints(name: str, path: Path, data: None) -> None:
+def prepared(name: str) -> tuple[list[str], str]:
+    """The row of a command, with the files that it needs."""
     words, lines = SAME[name]
-    assert lines.count("\n") < 3
     if name in ("iti train", "iti eval"):
         pytest.importorskip("sklearn")
     if name == "iti eval":
@@ -258,6 +274,14 @@ def test_python_prints_what_the_command_prints(name: str, path: Path, data: None
         )
     if name == "soft-vector eval":
         run("soft-vector", "train", *SAME["soft-vector train"][0])
+    return words, lines
+
+
+@pytest.mark.filterwarnings("default::mia.notices.MiaWarning")
+@pytest.mark.parametrize("name", SAME)
+def test_python_prints_what_the_command_prints(name: str, path: Path, data: None) -> None:
+    words, lines = prepared(name)
+    assert lines.count("\n") < 3
     printed = run(*name.split(), *words).stdout
     names: dict[str, Any] = {"P": PROMPT}
     with Model(path, threads=1) as names["m"]:
@@ -265,3 +289,71 @@ def test_python_prints_what_the_command_prints(name: str, path: Path, data: None
     report = names["report"]
     assert f"{report}\n" == printed
     assert json.loads(json.dumps(report.document())) == report.document()
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    """What lies there, without what mia remembers."""
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts}
+
+
+_opened: list[tuple[Path, str]] | None = None
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if _opened is not None and event == "open" and isinstance(arguments[0], (str, Path)):
+        path, mode, flags = arguments
+        if mode is None:  # os.open
+            mode = "r" if flags & os.O_ACCMODE == os.O_RDONLY else "w"
+        _opened.append((Path(path).absolute(), str(mode)))
+
+
+sys.addaudithook(_audit)  # for as long as Python runs
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[dict[str, str]]:
+    """The files of the folder that Python opens meanwhile, by name, and how; not what mia
+    remembers, and not the model."""
+    global _opened
+    _opened = []
+    names: dict[str, str] = {}
+    yield names
+    events, _opened = _opened, None
+    for path, mode in events:
+        looked_for = mode.startswith("r") and not path.is_file()
+        own = path.parent.name in ("cache", "mia", "sites")
+        if path.is_relative_to(folder) and not own and not looked_for:
+            names[path.relative_to(folder).as_posix()] = mode
+    for model in ("tiny.gguf", "mixture.gguf"):
+        names.pop(model, None)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_result_is_replayed_without_drift(name: str, folder: Path, data: None) -> None:
+    words, _ = prepared(name)
+    inputs = files(folder)
+    out = [] if any(w in words for w in ("-o", "--out")) else ["-o", "result.json"]
+    with opened(folder) as names:
+        printed = run(*name.split(), *words, *out, "--json").stdout
+    if out:
+        assert json.loads(Path("result.json").read_text()) == json.loads(printed)
+    read = {n for n, mode in names.items() if mode.startswith("r")}
+    assert read <= json.loads(printed).get("run", {}).get("files", {}).keys()
+    Path("result.json").write_text(printed)
+    if name in NOT_REPLAYABLE:
+        message = refused("replay", "result.json")
+        assert message.endswith(f"cannot be replayed: {NOT_REPLAYABLE[name]}")
+        return
+    for made in files(folder).keys() - inputs.keys() - {folder / "result.json"}:
+        made.unlink()  # a replay neither needs nor makes them
+    before = files(folder)
+    with opened(folder) as names:
+        report = document("replay", "result.json")
+    assert set(names.values()) == {"r"}
+    assert (report["verdict"], report["notices"], report["tolerance"]) == ("exact", [], 0)
+    assert report["n_differences"] == 0 and all(f["differ"] == 0 for f in report["fields"])
+    assert files(folder) == before
+
+
+def test_what_cannot_be_replayed_is_a_command() -> None:
+    assert NOT_REPLAYABLE.keys() <= SAME.keys() | ELSEWHERE

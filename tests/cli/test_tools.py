@@ -47,7 +47,7 @@ def test_converted_models_say_the_same(path: Path, tmp_path: Path) -> None:
     small = write_tiny(tmp_path / "small.gguf", "llama", qtype="Q8_0", add_bos=False)
     made = json.loads(run("models", "convert", str(small), "f32", "big.gguf", "--json").stdout)
     assert made["bytes"] > small.stat().st_size
-    assert document("doctor", "-m", "big.gguf")["weight_types"] == ["f32"]
+    assert "weights f32" in run("doctor", "-m", "big.gguf").stdout
     run("save", "embed", "a.safetensors", "-m", str(small), "-p", PROMPT)
     run("save", "embed", "b.safetensors", "-m", "big.gguf", "-p", PROMPT)
     a, b = (activations.load(f"{n}.safetensors").arrays["embed"] for n in "ab")
@@ -63,8 +63,14 @@ def test_converted_models_say_the_same(path: Path, tmp_path: Path) -> None:
 
 def test_doctor_says_what_there_is() -> None:
     doc = document("doctor")
-    assert doc["weight_types"] == ["f32"] and doc["kv_type"] == "f32"
-    assert "threads" in run("doctor").stdout
+    assert doc["healthy"] and {f["level"] for f in doc["findings"]} == {"ok"}
+    assert "weights f32, KV cache f32" in run("doctor").stdout
+
+
+def test_doctor_of_a_file_that_is_broken() -> None:
+    Path("broken.gguf").write_bytes(b"GGUF and no more")
+    done = run("doctor", "broken.gguf", code=1)
+    assert "fail  model" in done.stdout and "broken.gguf" in done.stdout
 
 
 def test_doctor_says_when_the_callback_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +79,8 @@ def test_doctor_says_when_the_callback_is_slow(monkeypatch: pytest.MonkeyPatch) 
     assert document("doctor")["callback"] == "compiled"
     monkeypatch.setattr("mia.llama.library.native_watch", lambda: None)
     doc = document("doctor")
-    assert doc["callback"] == "Python" and "C compiler" in " ".join(doc["advice"])
+    (finding,) = [f for f in doc["findings"] if f["level"] == "warn"]
+    assert doc["callback"] == "Python" and "C compiler" in finding["advice"]
 
 
 def test_demo_hints_at_what_comes_next_where_a_person_reads(

@@ -64,3 +64,40 @@ def test_broken_records_name_their_place(tmp_path: Path, text: str, message: str
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(FileError, match=message):
         read_records(tmp_path / "r.json")
+
+
+# -- damaged on purpose ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize(
+    "deep", ["[" * 100_000, '{"a":' * 100_000, '{"a": 1}\n{"b":' + "[" * 100_000]
+)
+def test_deep_json_is_one_clear_error(suffix: str, deep: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_text(deep)
+    with pytest.raises(FileError, match=r"nested too deep|is not JSON") as err:
+        read_records(path)
+    assert "\n" not in str(err.value)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"input": "\\ud800"}',
+        '{"\\udfff": 1}',
+        '{"a": [1, {"b": "x\\uDBFFy"}]}',
+        '"\\ud83d\\ud83d"',
+    ],
+)
+def test_half_a_character_is_refused_with_its_place(record: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"input": "\\ud83d\\ude00"}\n' + record + "\n")
+    with pytest.raises(FileError, match=r"a\.jsonl, line 2: a text has '\\u"):
+        read_records(path)
+
+
+def test_a_whole_character_spelled_in_halves_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"input": "\\ud83d\\ude00"}\n{"input": "b"}\n')
+    assert read_records(path)[0] == ("line 1", {"input": "😀"})

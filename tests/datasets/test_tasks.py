@@ -121,7 +121,7 @@ def test_damaged_files_name_the_place(tmp_path: Path, text: str, message: str) -
 
 
 def test_unknown_tasks_and_files() -> None:
-    with pytest.raises(UsageError, match="unknown task 'antonyms'; give a"):
+    with pytest.raises(UsageError, match="unknown task 'antonyms', did you mean antonym"):
         tasks.load("antonyms")
     with pytest.raises(FileError, match="cannot read the task /nowhere/a"):
         tasks.load("/nowhere/a.json")

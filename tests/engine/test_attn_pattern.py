@@ -84,7 +84,9 @@ def test_edits_of_heads(case: Tiny) -> None:
         want = check(result, request, case.oracle)
         assert np.abs(want["logits"] - clean["logits"]).max() > 1e-3  # the edit matters
         edit = request.edits[0]
-        rest = [h for h in range(case.model.n_head) if h not in (edit.heads or range(9))]
+        rest = [
+            h for h in range(case.model.n_head) if edit.heads and h not in np.atleast_1d(edit.heads)
+        ]
         site = str(edit.site)
         np.testing.assert_allclose(
             result[site][:, rest], plain[site][:, rest], rtol=0, atol=1e-5, err_msg=site
@@ -201,3 +203,52 @@ def test_cells_that_a_window_left_behind_are_used_again(tiny: Any, a: int, b: in
     ]
     for request, result in zip(requests, t.model.run(requests), strict=True):
         check(result, request, t.oracle)
+
+
+def _past_the_window(t: Tiny, edits: list[Edit], n: int) -> list[Request]:
+    """Prompts much longer than the window, so many that they use each other's cells again."""
+    rng = np.random.default_rng(5)
+    draw = [rng.integers(3, t.model.n_vocab, 60).tolist() for _ in range(n)]
+    return [Request(p, edits, [Capture([*BOTH, "head_out"])], n_predict=3) for p in draw]
+
+
+@pytest.mark.parametrize("n", [1, 20])
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [],
+        [Edit("attn_scores.0", "scale", coeff=-2.0, heads=[1])],
+        [Edit("attn_scores", _plus(1.5), heads=[0, 2], tokens=slice(30, None), generated=True)],
+        [Edit("attn_pattern.2", _halve)],
+    ],
+    ids=["plain", "scaled", "moved", "halved"],
+)
+def test_keys_behind_a_window_have_no_score(tiny: Any, n: int, edits: list[Edit]) -> None:
+    """They have 0, like the future, whoever uses their cells; and edits change nothing of others."""
+    t = tiny("gemma2-window")
+    if edits and edits[0].site == "attn_scores":
+        edits = [
+            Edit(
+                f"attn_scores.{i}", _plus(1.5), heads=[0, 2], tokens=slice(30, None), generated=True
+            )
+            for i in range(3)
+        ]
+    requests = _past_the_window(t, edits, n)
+    results = t.model.run(requests)
+    for request, result in list(zip(requests, results, strict=True))[-3:]:
+        check(result, request, t.oracle)
+        age = np.subtract.outer(np.arange(60), np.arange(60))
+        hidden = np.broadcast_to(((age < 0) | (age > 3))[:, None], result["attn_scores.0"].shape)
+        assert (result["attn_scores.0"][hidden] == 0).all()
+        assert (result["attn_pattern.0"][hidden] == 0).all()
+        check(t.model.run([request])[0], request, t.oracle)
+
+
+def test_a_key_behind_a_window_gets_no_weight(tiny: Any) -> None:
+    t = tiny("gemma2-window")
+    uniform = Edit("attn_pattern.0", lambda h: np.full_like(h, 0.125), tokens=-1, heads=[1])
+    with pytest.raises(UsageError, match=r"weight to key 0, .* window hides from query 7"):
+        t.model.run([Request(t.prompt(8), [uniform])])
+    elsewhere = Edit("attn_pattern.1", uniform.op, tokens=-1, heads=[1])
+    request = Request(t.prompt(8), [elsewhere], [Capture(BOTH)])
+    check(t.model.run([request])[0], request, t.oracle)

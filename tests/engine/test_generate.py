@@ -93,7 +93,7 @@ def test_a_run_that_fails_spoils_no_other(tiny: Any) -> None:
     t = tiny("gpt2")
     huge = np.full(t.model.n_embd, 3e38, np.float32)
     edits = [
-        Edit("resid_post.1", "add", huge, tokens=[], generated=True),
+        Edit("k.2", "add", huge, tokens=[], generated=True),
         Edit("resid_post.2", "add", t.vector()),
     ]
     with pytest.raises(UsageError, match="not finite"):

@@ -151,7 +151,8 @@ def test_an_unexpected_graph_starts_the_request_again(
 def test_what_mamba_has_not(mamba: Tiny) -> None:
     assert Site("head_out", 0) not in mamba.model.topology.sites
     with pytest.raises(
-        SiteError, match=r"this model has no site head_out\.0; it has attn_norm, embed"
+        SiteError,
+        match=r"no site head_out\.0 \(this block has no softmax attention\); it has embed",
     ):
         mamba.model.run([Request(PROMPT, captures=[Capture("head_out.0")])])
     with pytest.raises(UsageError, match=r"resid_post\.0 has no heads"):

@@ -190,6 +190,51 @@ def test_a_chain_of_more_forks_than_sequences(llama: Tiny, shadow: Shadow, reope
     check(t.model.run(combs)[-1], combs[-1], t.oracle)
 
 
+@pytest.mark.parametrize("n", [255, 256, 257, 300])
+def test_a_chain_of_more_twins_than_sequences(
+    llama: Tiny, shadow: Shadow, reopen: Any, n: int
+) -> None:
+    """Every prefix has an unedited twin that three late edits start from: a sequence at each."""
+    t, prompt = reopen(llama, ctx=400), llama.prompt(n)
+    edits = [Edit("resid_post.1", "add", t.vector(seed=i), tokens=-1) for i in range(3)]
+    requests = [Request(prompt[:k], [e]) for k in range(1, n + 1) for e in edits]
+    requests += [Request(prompt[:k]) for k in range(1, n + 1)]
+    results = t.model.run(requests)
+    want = t.model.run([Request(prompt, logits="all")])[0].logits
+    got = np.concatenate([r.logits for r in results[3 * n :]])
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    for i in (0, 1, 3 * (n - 2), 3 * n - 1):
+        check(results[i], requests[i], t.oracle)
+    assert len(shadow.outputs) < 2 * n  # of 4 n: they run side by side all the same
+
+
+@pytest.mark.parametrize("n_sequences", [1, 2, 3, 5])
+@pytest.mark.parametrize("seed", range(6))
+def test_fewer_sequences_than_the_forks_need(
+    tiny: Callable[[str], Tiny],
+    reopen: Any,
+    shadow: Shadow,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    n_sequences: int,
+) -> None:
+    """What does not fit one run goes into several."""
+    of = tiny(["llama", "gemma2-window", "gpt2"][seed % 3])
+    requests = _random_requests(of, np.random.default_rng(seed))
+    binary = [of.prompt(1) + [5 + (i >> b & 1) for b in range(5)] for i in range(32)]
+    requests += [Request(p, n_predict=2) for p in binary]
+    alone = [of.model.run([r])[0] for r in requests]
+    monkeypatch.setattr(limits, "MAX_SEQUENCES", n_sequences)
+    monkeypatch.setattr(limits, "KV_BYTES", 0)
+    t = reopen(of)
+    done: list[tuple[int, int]] = []
+    together = t.model.run(requests, progress=lambda i, n: done.append((i, n)))
+    assert done == [(i + 1, len(requests)) for i in range(len(requests))]
+    for request, a, b in zip(requests, alone, together, strict=True):
+        check_same(a, b)
+        check(b, request, t.oracle)
+
+
 def test_no_more_logits_at_a_time_than_memory_allows(
     llama: Tiny, shadow: Shadow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,13 +288,15 @@ def _random_requests(t: Tiny, rng: np.random.Generator) -> list[Request]:
             last = [None, -1][rng.integers(2)]
             captures.append(Capture(str(where), last, generated=bool(rng.random() < 0.5)))
         hot = Sampling(temperature=1.0, seed=int(rng.integers(100)))
+        logits = [None, "last", "all", [0, -1]][rng.integers(4)]
+        summed = rng.random() < 0.2 and logits is not None
         requests.append(
             Request(
                 tokens,
                 edits,
                 captures,
-                logits=[None, "last", "all", [0, -1]][rng.integers(4)],
-                metric=(lambda x: x.sum(0)) if rng.random() < 0.2 else None,
+                logits=logits,
+                metric=(lambda x: x.sum(0)) if summed else None,
                 n_predict=int(rng.choice([0, 0, 0, 1, 2, 6])),
                 sampling=hot if rng.random() < 0.3 else Sampling(),
                 stop_at_eog=False,

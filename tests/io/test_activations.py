@@ -209,7 +209,7 @@ def test_a_folder_that_takes_no_files_is_one_line(
     def refuse(*_: object, **__: object) -> None:
         raise FileNotFoundError(2, "No such file or directory")
 
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(FileError, match=r"cannot write .*x.json: No such file"):
         files.write_json(tmp_path / "x.json", {})
 

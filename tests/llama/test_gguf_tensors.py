@@ -10,6 +10,7 @@ from tiny_gguf import write_tiny
 from mia.errors import EngineError, ModelError
 from mia.llama import (
     dequantize,
+    file_strings,
     file_tensors,
     type_bytes,
 )
@@ -72,4 +73,6 @@ def test_a_file_without_a_tensor_table(tmp_path: Path) -> None:
     other = tmp_path / "other.gguf"
     other.write_bytes(b"GGUF" + bytes(10))
     with pytest.raises(ModelError, match=r"other\.gguf cannot be read as GGUF: \S+"):
+        file_strings(other)
+    with pytest.raises(ModelError, match=r"other\.gguf is cut short: its header has no end"):
         file_tensors(other)

@@ -18,6 +18,8 @@ from mia.llama import (
     library_info,
 )
 from mia.llama.library import Library, library
+from mia.llama.probe import write_model
+from mia.model import Model
 
 
 def test_another_layout_of_tensors_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +68,47 @@ def test_errors_of_the_library_are_told_once() -> None:
     lib._on_log(4, b"more\n", None)
     assert lib.last_error() == "trouble; more"
     assert lib.last_error() == ""
+
+
+def test_messages_are_lines_without_dots() -> None:
+    """A message may come in pieces; the dots of a load's progress come as such pieces."""
+    lib = library()
+    lib.last_error()
+    error, info, more = 4, 2, 5
+    said = [(info, b"loading"), *[(more, b".")] * 9, (more, b"\n"), (error, b"bad: "), (more, b"tensor"),
+            (more, b" 'x'\n"), (error, b"...\n"), (info, b"next"), (more, b" line\n"),
+            (error, b"again\n"), (error, b"again\n"), (error, b"two\n\n  lines \n"), (more, b".")]  # fmt: skip
+    for level, text in said:
+        lib._on_log(level, text, None)
+    assert lib.last_error() == "bad: tensor 'x'; again; two; lines"
+
+
+def test_a_load_leaves_no_message(llama: Tiny) -> None:
+    library().last_error()
+    LlamaModel(llama.path).close()
+    assert library().last_error() == ""
+
+
+def test_a_message_is_of_the_call_that_failed(llama: Tiny, tmp_path: Path) -> None:
+    library()._on_log(4, b"of long ago\n", None)
+    short = tmp_path / "short.gguf"
+    short.write_bytes(llama.path.read_bytes()[:100])
+    with pytest.raises(ModelError) as caught:
+        LlamaModel(short)
+    assert "of long ago" not in str(caught.value)
+
+
+def test_a_file_without_a_vocabulary(tmp_path: Path) -> None:
+    """llama.cpp ends the process at a question about its texts."""
+    write_model(tmp_path / "m.gguf")
+    with Model(tmp_path / "m.gguf", threads=1) as m:
+        activations = m.look([1, 2], "embed")
+        assert [t.text for t in activations.prompt] == ["[1]", "[2]"]
+        activations.save(tmp_path / "a.safetensors")
+        assert m.generate([1], 2, bos=False).text.startswith("[")
+        for ask in (lambda: m.tokenize("a", bos=False), lambda: m.token_id("a")):
+            with pytest.raises(ModelError, match="this model's file has no vocabulary; give token"):
+                ask()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")

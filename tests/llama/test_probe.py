@@ -13,7 +13,7 @@ import pytest
 from tiny_gguf import write_tiny
 
 from mia.errors import UsageError
-from mia.llama import probe
+from mia.llama import child, probe
 
 #: makes its argument the code that the child runs
 Child = Callable[[str], None]
@@ -171,7 +171,7 @@ def test_the_key_names_the_library_file_by_size_and_time() -> None:
     (cpu, *_) = sorted((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-cpu*"))
     assert key.startswith(f"{llama_cpp.__version__} {cpu.name}:{cpu.stat().st_size}:")
     assert str(cpu.stat().st_mtime_ns) in key
-    assert key.endswith(probe._processor())
+    assert key.endswith(probe.processor_name())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"x"'])
@@ -224,7 +224,8 @@ def test_the_child_imports_what_its_parent_can(
 ) -> None:
     (tmp_path / "only_here.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    amx("import only_here")
+    amx("")
+    monkeypatch.setattr(probe, "_command", lambda folder: child.python("only_here"))
     assert probe.extra_buffers_safe() is True
 
 
@@ -244,7 +245,7 @@ def test_the_child_reports_wrong_numbers(
 ) -> None:
     logits = {False: np.ones((41, 256), np.float32), True: np.ones((41, 256), np.float32)}
     monkeypatch.setattr(probe, "_logits", lambda path, extra_bufts: logits[extra_bufts])
-    monkeypatch.setattr("resource.setrlimit", lambda *_: None)  # not in this process
+    monkeypatch.setattr(child, "prepare", lambda: None)  # not in this process
     assert probe.main(str(tmp_path)) == 0
     logits[True] = logits[True] * np.float32(wrong)
     assert probe.main(str(tmp_path)) == 3

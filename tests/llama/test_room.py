@@ -13,7 +13,16 @@ import mia.llama
 
 ROOT = Path(mia.__file__).parent
 #: what the other packages may import besides `mia.llama` itself
-LIGHT = {"mia.llama.gguf_file", "mia.llama.gguf_write", "mia.llama.weights", "mia.llama.probe"}
+LIGHT = {
+    "mia.llama.gguf_check",
+    "mia.llama.gguf_file",
+    "mia.llama.gguf_write",
+    "mia.llama.weights",
+    "mia.llama.c_numbers",
+    "mia.llama.open_file",
+    "mia.llama.probe",
+    "mia.llama.trial",
+}
 
 
 def _imports(path: Path) -> Iterator[str]:

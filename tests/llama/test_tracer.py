@@ -71,14 +71,14 @@ def test_a_graph_that_never_comes_back_is_given_up(
     request = Request(t.prompt(), captures=[Capture("l_out")])
     want = t.model.run([request])[0]
 
-    def forget(self: Session) -> None:
+    def forget(self: Session, n_tokens: int) -> None:
         first = self.variants[0]
         self.variants = [Variant([0, *first.addrs[1:]], first.topology)]
 
     with monkeypatch.context() as m:
         m.setattr(Session, "learn", forget)
         (session,) = t.model._engine.sessions.open.values()
-        session.learn()
+        session.learn(2)
         with pytest.raises(
             EngineError, match="builds another graph each time; mia cannot follow it"
         ):

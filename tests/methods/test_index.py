@@ -7,7 +7,7 @@ from pathlib import Path
 import mia.methods
 
 #: what methods are made of
-PARTS = {"ab_prompts", "optimisers"}
+PARTS = {"ab_prompts", "optimisers", "rerun"}
 
 
 def test_the_index_has_every_method_and_its_functions() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from rich.console import Group
 from rich.table import Table
 from tiny import Tiny
 
@@ -52,9 +53,29 @@ def test_grouped_queries_are_told(tiny: Callable[[str], Tiny]) -> None:
 def test_the_table_of_sites_leaves_out_what_does_not_fit(llama: Tiny) -> None:
     report = overview.sites(llama.model)
     assert report.plain().splitlines()[0].split()[:3] == ["site", "llama.cpp", "one"]
-    assert len(report.plain().splitlines()) == 1 + len(report.rows())
-    tables = [report.table(width) for width in (80, 88, 100, 160)]
-    assert [len(t.columns) for t in tables if isinstance(t, Table)] == [4, 5, 6, 7]
+    assert len(report.plain().splitlines()) == 2 + len(report.rows())
+    groups = [report.table(width) for width in (80, 100, 112, 172)]
+    tables = [g.renderables[0] for g in groups if isinstance(g, Group)]
+    assert [len(t.columns) for t in tables if isinstance(t, Table)] == [5, 6, 7, 8]
+
+
+def test_sites_say_whether_they_are_verified_and_why_others_are_missing(
+    llama: Tiny, tiny: Callable[[str], Tiny]
+) -> None:
+    report = overview.sites(llama.model)
+    assert {s["checked"] for s in report.sites} == {"verified"}
+    assert {m["why"] for m in report.missing} == {"this model has no experts"}
+    assert report.plain().endswith(
+        "no router, router_choice, experts, expert_weights: this model has no experts"
+    )
+    mamba = overview.sites(tiny("mamba").model)
+    why = {m["site"]: (m["layers"], m["why"]) for m in mamba.missing}
+    assert why["attn_out"] == (None, "this block has no softmax attention")
+    assert "head_out, attn_out: this block has no softmax attention" in mamba.plain()
+    gemma = overview.sites(tiny("gemma2").model)
+    notes = {s["site"]: s["note"] for s in gemma.sites}
+    assert notes["attn_out"] == "after the norm behind it"
+    assert "attn_out: after the norm behind it" in gemma.plain()
 
 
 def test_the_graph_names_sites_and_sources(llama: Tiny) -> None:

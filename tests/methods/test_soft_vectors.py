@@ -97,7 +97,7 @@ def test_soft_vectors_survive_a_file(ex: IclExperiment, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is for 2 layers of"):
         sv.check(sv.SoftVector(means[:2], soft.weights[:2]), m)
     vectors.Vector({0: means[0, 0]}).save(tmp_path / "v.safetensors")
-    with pytest.raises(FileError, match="is not a soft vector"):
+    with pytest.raises(FileError, match=r"is a vector .*; a soft vector is needed"):
         sv.load(tmp_path / "v.safetensors")
 
 

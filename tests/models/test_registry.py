@@ -201,6 +201,19 @@ def test_paths_start_at_the_toml_or_at_home(home: Path, text: str, path: str) ->
         ('repo = "o/r/s"\nfile = "m.gguf"', "repo = 'o/r/s' is not of the form owner/name"),
         ('repo = "o/r"\nfile = "m.bin"', "file = 'm.bin' is not a .gguf file of the repo"),
         ('repo = "o/r"\nfile = "../m.gguf"', "file = '../m.gguf' is not a .gguf file of the repo"),
+        (
+            'repo = "o/r"\nfile = "a\\\\..\\\\m.gguf"',
+            "file = 'a\\\\..\\\\m.gguf' is not a .gguf file of the repo",
+        ),
+        ('repo = "o/r"\nfile = "/m.gguf"', "file = '/m.gguf' is not a .gguf file of the repo"),
+        ('repo = "o/.."\nfile = "m.gguf"', "repo = 'o/..' is not of the form owner/name"),
+        *(
+            (
+                f'repo = "o/r"\nfile = "m.gguf"\nrevision = "{x}"',
+                f"revision = {x!r} is not a branch, a tag or a commit",
+            )
+            for x in ("../../../x", "refs/../../x", "/tmp", "a//b", ".", "C:x")
+        ),
         ('pth = "a"', "unknown key 'pth', did you mean path?"),
         ('path = "a"\nzzz = 1', "unknown key 'zzz'"),
         ("path = 1", "path = 1 is not a text"),
@@ -228,12 +241,32 @@ def test_each_wrong_entry_names_file_model_and_keys(home: Path, text: str, messa
     assert str(caught.value) == expected
 
 
+@pytest.mark.parametrize("revision", ["refs/pr/1", "v1.0", "release-2", COMMIT])
+def test_revisions_as_a_hub_has_them(home: Path, revision: str) -> None:
+    text = f'repo = "o/r"\nfile = "m.gguf"\nrevision = "{revision}"'
+    assert entry(home, text).revision == revision
+
+
+@pytest.mark.parametrize("branch", [b"../../../..", b"/tmp", b"", b"\xff", b"a\nb"])
+def test_a_branch_of_the_cache_leads_nowhere_else(home: Path, branch: bytes) -> None:
+    """What lies in refs/main names a folder of snapshots, and nothing outside of it."""
+    repo = home / "hf/hub/models--o--r"
+    write(repo / "refs/main", branch)
+    for place in (home, home / "hf", repo, repo / "snapshots", Path("/tmp")):
+        if place != Path("/tmp"):
+            write(place / "m.gguf", b"GGUF")
+    write(home / "work/models.toml", '[x]\nrepo = "o/r"\nfile = "m.gguf"')
+    with pytest.raises(ModelError, match="x is not downloaded"):
+        resolve("x")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b'path = "a"', "models.toml: 'path' is not inside a [NAME] section"),
         (b'["a/b"]', "a name has no path separator and no .gguf at its end"),
         (b'["a.GGUF"]', "a name has no path separator and no .gguf at its end"),
+        (b"x = " + b"[" * 5000, "models.toml is not valid TOML: it is nested too deep"),
         (b"[x\n", "models.toml is not valid TOML: Expected ']'"),
         (b"[x]\npath = '\xff'", "models.toml is not valid TOML: 'utf-8' codec can't decode"),
     ],
@@ -300,7 +333,7 @@ def test_paths(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("./", ". is a directory: give a .gguf file"),
         ("folder", "folder is a directory: give a .gguf file"),
         ("/no/such/file", "no such file: /no/such/file"),
-        ("a\0.gguf", "a\0.gguf cannot be read: …"),
+        ("a\0.gguf", "a\\x00.gguf cannot be read: …"),
         (f"{'a' * 300}.gguf", f"{'a' * 300}.gguf cannot be read: File name too long"),
         ("~nobody-here/m.gguf", "~nobody-here/m.gguf: Could not determine home directory."),
         (
@@ -410,7 +443,7 @@ def test_importing_stays_cheap() -> None:
 
 
 def test_block_sizes_are_those_of_gguf_py() -> None:
-    ours = gguf_file._BLOCKS
+    ours = gguf_file.BLOCKS
     theirs = {kind.value: sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
     assert {kind: ours[kind] for kind in theirs} == theirs
 

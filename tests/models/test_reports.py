@@ -1,14 +1,24 @@
 """What `mia models` reports, from Python."""
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from tiny import Tiny
 
+import mia
 from mia import progress
 from mia.errors import FileError, UsageError
+from mia.llama import child
 from mia.model import Model
 from mia.models import registry, reports
+
+ROOT = Path(mia.__file__).parents[1]
 
 
 def test_models_by_name(llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,4 +69,38 @@ def test_conversions_that_are_refused(llama: Tiny, tmp_path: Path) -> None:
         reports.convert(str(llama.path), "f16", str(llama.path))
     with pytest.raises(FileError, match="there is no folder"):
         reports.convert(str(llama.path), "f16", str(tmp_path / "no" / "x.gguf"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits")
+def test_a_full_disk_leaves_nothing(llama: Tiny, tmp_path: Path) -> None:
+    """A file that may not grow fails as on a full disk does, in the library's writer too."""
+    code = (
+        "import resource, sys; from mia.models.reports import convert\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        f"convert({str(llama.path)!r}, 'f16', 'half.gguf')"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("mia.errors.EngineError: llama.cpp cannot convert ") and done.returncode
+    assert "to f16: " in last
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to one process")
+def test_ctrl_c_stops_a_conversion(
+    llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp has no way to stop its quantizer; its process is stopped."""
+    endless = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(child, "python", lambda *_: endless)
+    main = threading.get_ident()
+    threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        reports.convert(str(llama.path), "f16", str(tmp_path / "x.gguf"))
+    assert time.monotonic() - began < 30
     assert list(tmp_path.iterdir()) == []

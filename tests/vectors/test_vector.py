@@ -1,5 +1,6 @@
 """Vectors: arithmetic to the last digit, and what is refused."""
 
+import functools
 import json
 from collections.abc import Callable
 
@@ -45,15 +46,33 @@ def test_what_grows_too_large_is_an_error_and_no_warning() -> None:
         lambda: big + big,
         lambda: big - -big,
         lambda: big / 1e-9,
-        lambda: big.without(big),
     ]
     for grow in too_large:
         with pytest.raises(UsageError, match="layer 1 has numbers that are not finite"):
             grow()
     with pytest.raises(UsageError, match="layer 1 has numbers that are not finite"):
         1e300 * big
-    with pytest.raises(UsageError, match="real, not complex"):
+    with pytest.raises(UsageError, match="real here, not complex"):
         Vector({1: np.ones(4, np.complex64)})
+
+
+@pytest.mark.parametrize("size", [1, 1e-44, 1e-38, 1e-23, 1e19, 1e20, 1e37])
+def test_very_long_and_very_short_vectors(size: float) -> None:
+    """Squares of float32 above 1e19 or below 1e-22 are none."""
+    a, b = (np.random.default_rng(i).standard_normal(48) for i in range(2))
+    v, w = (Vector({1: x.astype(np.float32)}) for x in (a * size, b))
+    x = v[1].astype(np.float64)  # what float32 leaves of it
+    cosine = x @ b / np.linalg.norm(x) / np.linalg.norm(b)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    close(v.norms[1], np.linalg.norm(x))
+    close(v.dot(w)[1], x @ w[1].astype(np.float64))
+    close(v.cosine(w)[1], cosine)
+    close(v.cosine(v)[1], 1)
+    close(v.unit()[1], x / np.linalg.norm(x), atol=1e-7)
+    close(w.onto(v)[1], cosine * np.linalg.norm(b) * x / np.linalg.norm(x), atol=1e-6)
+    close(w.without(v).cosine(v)[1] + 1, 1)
+    close((v * (1 / size))[1], x / size)
+    np.testing.assert_array_equal(v.without(v)[1], 0)
 
 
 def test_numbers_of_vectors() -> None:

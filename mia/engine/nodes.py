@@ -1,0 +1,146 @@
+"""A graph's nodes in order, and small steps between them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from math import prod
+
+from mia.llama import Node, describe
+
+#: operations that only look at the same numbers in another shape, or take some rows of them
+_SHAPES = ("RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE", "CONT", "DUP", "CPY")
+_PASS = (*_SHAPES, "GET_ROWS")
+_PRODUCTS = ("MUL_MAT", "MUL_MAT_ID")
+
+
+class Graph:
+    """Nodes by index and by address. A source that is no node is a leaf: a weight or an input."""
+
+    def __init__(self, nodes: Sequence[Node]):
+        self.nodes = nodes
+        self.index = {n.addr: i for i, n in enumerate(nodes)}
+        self.named: dict[str, int] = {n.name: i for i, n in enumerate(nodes)}  # the last wins
+        self.users: dict[int, list[int]] = defaultdict(list)
+        self._leaves: dict[int, Node] = {}
+        for i, n in enumerate(nodes):
+            for s in n.src:
+                self.users[s].append(i)
+
+    @cached_property
+    def stores(self) -> dict[str, int]:
+        """Name of a cache tensor, as `cache_k_l3`, -> address of what is stored there."""
+        return {
+            n.name.split()[0]: n.src[0]
+            for n in self.nodes
+            if n.op == "SET_ROWS" and n.name.startswith("cache_")
+        }
+
+    def node(self, addr: int) -> Node:
+        """The node or leaf at an address of this graph."""
+        i = self.index.get(addr)
+        if i is not None:
+            return self.nodes[i]
+        if addr not in self._leaves:
+            self._leaves[addr] = describe(addr)
+        return self._leaves[addr]
+
+    def is_leaf(self, addr: int) -> bool:
+        return addr not in self.index
+
+    def is_weight(self, addr: int) -> bool:
+        """Whether a leaf is looked at, directly or in another shape, as the file's matrices are."""
+        return self.is_leaf(self.root(addr))
+
+    def picks_outputs(self, n: Node) -> bool:
+        """Whether a node takes the rows whose logits were asked for."""
+        return (
+            n.op == "GET_ROWS" and self.is_leaf(n.src[1]) and self.node(n.src[1]).name == "out_ids"
+        )
+
+    def root(self, addr: int) -> int:
+        """Walks up through operations that only reshape or pick rows of outputs."""
+        while True:
+            n = self.node(addr)
+            if self.is_leaf(addr) or n.op not in _PASS or not n.src:
+                return addr
+            if n.op == "GET_ROWS" and not self.picks_outputs(n):
+                return addr  # an embedding is looked up: numbers begin here
+            addr = n.src[0]
+
+    def whole(self, addr: int) -> int:
+        """Walks up while the source has the same shape, or all rows of it."""
+        while not self.is_leaf(addr):
+            n = self.node(addr)
+            same = n.op in _SHAPES and n.src and self.node(n.src[0]).ne == n.ne
+            if not same and not self.picks_outputs(n):
+                break
+            addr = n.src[0]
+        return addr
+
+    def upstream(self, starts: Iterable[int], stop: int = 0) -> set[int]:
+        """Addresses of all nodes that the starts are computed from, themselves included, down to
+        `stop`, which is not passed."""
+        out: set[int] = set()
+        stack = list(starts)
+        while stack:
+            addr = stack.pop()
+            if addr in out or self.is_leaf(addr):
+                continue
+            out.add(addr)
+            if addr != stop:
+                stack.extend(self.node(addr).src)
+        return out
+
+    def first_reads(self, starts: Iterable[int], stop: int) -> set[int]:
+        """What the first products with the file's matrices between `stop` and `starts` read."""
+        known: dict[int, frozenset[int]] = {stop: frozenset()}
+
+        def reads(addr: int) -> frozenset[int]:
+            if addr in known or self.is_leaf(addr):
+                return known.get(addr, frozenset())
+            n = self.node(addr)
+            known[addr] = frozenset()
+            if n.op in _PRODUCTS and self.is_weight(n.src[0]):
+                out = reads(n.src[1]) or frozenset({self.root(n.src[1])})
+                for s in n.src[2:]:
+                    out |= reads(s)
+            else:
+                out = frozenset[int]().union(*(reads(s) for s in n.src))
+            known[addr] = out
+            return out
+
+        return set().union(*(reads(s) for s in starts))
+
+    def heads_above(self, addr: int, n_tokens: int) -> int:
+        """The node that has, for each token, the numbers at `addr`: the highest one of the same
+        size, shaped in heads if there is one."""
+        size = prod(self.node(addr).ne)
+        best, heads = addr, 0
+        while not self.is_leaf(addr):
+            n = self.node(addr)
+            if n.ne[2] == n_tokens and n.ne[3] == 1 and n.ne[1] > 1:
+                heads = addr
+            elif n.ne[1] == n_tokens and n.ne[2] == n.ne[3] == 1:
+                best = addr
+            if n.op == "PAD":  # layers with fewer heads are filled up to the widest
+                addr, heads = n.src[0], 0
+                best, size = addr, prod(self.node(addr).ne)
+                continue
+            if n.op not in _SHAPES or not n.src or prod(self.node(n.src[0]).ne) != size:
+                break
+            addr = n.src[0]
+        return heads or best
+
+    def outputs_only(self) -> list[bool]:
+        """For each node, whether it has rows only for tokens whose logits were asked for."""
+        flags: list[bool] = []
+        for i, n in enumerate(self.nodes):
+            before = (self.index.get(s, i) for s in n.src)  # a cast names itself as a source
+            flags.append(self.picks_outputs(n) or any(flags[j] for j in before if j < i))
+        return flags
+
+    def find(self, test: Callable[[Node], bool]) -> int | None:
+        """Index of the first node that passes a test."""
+        return next((i for i, n in enumerate(self.nodes) if test(n)), None)

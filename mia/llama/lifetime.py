@@ -1,0 +1,69 @@
+"""What belongs to the library is freed once: by `close()`, or when its owner is dropped.
+
+`Owned` is a pointer of the library's. It keeps what it depends on (a context its model) until it
+has been freed itself, in whatever order Python drops the objects around them. That includes the end
+of the process, where some backends insist on it; only if a thread is still inside the library
+then, nothing is freed. Nor does a forked child free what is its parent's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from mia.errors import UsageError
+from mia.llama.interrupts import Held
+
+if TYPE_CHECKING:
+    from mia.llama.library import Library
+
+_exiting = False
+
+
+class Owned:
+    """A pointer that `free` releases when this object is closed or dropped."""
+
+    def __init__(
+        self, lib: Library, pointer: Any, free: Callable[[Any], object], *needs: object
+    ) -> None:
+        self._pointer = pointer
+        # `needs` are arguments, so that the registry of finalizers keeps them until this one has run
+        self._free = weakref.finalize(self, _free, lib, os.getpid(), free, pointer, needs)
+        _notice_exit()
+
+    def get(self, what: str) -> Any:
+        """The pointer. Raises `UsageError` if it has been freed."""
+        if self._pointer is None:
+            raise UsageError(f"this {what} is closed; open it again to use it")
+        return self._pointer
+
+    @property
+    def closed(self) -> bool:
+        return self._pointer is None
+
+    def close(self) -> None:
+        self._pointer = None
+        self._free()
+
+
+def _free(
+    lib: Library, pid: int, free: Callable[[Any], object], pointer: Any, needs: object
+) -> None:
+    if pid == os.getpid() and not (_exiting and lib.at_work):
+        with Held():  # freeing logs
+            free(pointer)
+
+
+@cache
+def _notice_exit() -> None:
+    """Registered after weakref's own function for the end of the process, it runs before that."""
+    atexit.register(_exit)
+
+
+def _exit() -> None:
+    global _exiting
+    _exiting = True

@@ -1,0 +1,62 @@
+"""Whether a model's sites are what they say: tested once (`mia.models.claims`), and remembered for the
+file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from mia.errors import FileError
+from mia.io.files import as_utf8, cache_folder, write_json
+from mia.llama import library_info
+from mia.models.claims import VERSION, Algebra, Check, check
+from mia.sites import parse
+
+if TYPE_CHECKING:
+    from mia.engine.run import Engine
+    from mia.model import Model
+
+#: of how many files the outcome is kept
+_REMEMBERED = 256
+
+
+def algebra(model: Model, engine: Engine) -> Algebra:
+    """What is remembered of this file's sites, or a new check of them."""
+    file = cache_folder() / "sites" / f"{_key(model)}.json"
+    with suppress(OSError, ValueError, TypeError, KeyError, RuntimeError, RecursionError):
+        known = json.loads(file.read_text(encoding="utf-8"))
+        checks = [Check(**c) for c in known["checks"]]
+        refused, untested, unproved = (dict(known[k]) for k in ("refused", "untested", "unproved"))
+        for spelling in (*refused, *unproved):
+            parse(spelling, model.n_layer)
+        return Algebra(checks, refused, untested, unproved, [int(i) for i in known["vectors"]])
+    found = check(model, engine)
+    with suppress(OSError, FileError, RuntimeError):  # it will be asked again then
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(found), own=True)
+        old = sorted(file.parent.glob("*.json"), key=lambda p: p.stat().st_mtime)
+        for path in old[:-_REMEMBERED]:
+            path.unlink(missing_ok=True)
+    return found
+
+
+def _key(model: Model) -> str:
+    """The file, the library and these checks: another of any of them is asked anew."""
+    from mia import __version__
+
+    file = model.facts.file
+    assert file is not None
+    stat = file.stat
+    parts = [
+        str(model.path.resolve()),
+        stat.st_size,
+        stat.st_mtime_ns,
+        model.kv_type,
+        library_info()["llama_cpp_python"],
+        __version__,
+        VERSION,
+    ]
+    return hashlib.sha256(as_utf8("\n".join(map(str, parts))).encode()).hexdigest()[:32]
