@@ -67,7 +67,7 @@ class _Comparison:
 
     def row(self) -> Row:
         row = Row(self.recipe.name, self.model.architecture, self.recipe.gelu)
-        self.want, self.want_other = self.ref.run(self.ids), self.ref.run(self.other)
+        self.want, self.want_other = (_hidden(self.ref.run(ids)) for ids in (self.ids, self.other))
         self.got, self.got_other = self._captures(self.ids), self._captures(self.other)
         for name in NAMES:
             row.sites[name] = self._site(name)
@@ -302,6 +302,15 @@ def _error(ours: Any, theirs: Any) -> float:
     if ours.shape != theirs.shape or not np.isfinite(ours).all():
         return float("inf")
     return float(np.abs(ours - theirs).max() / max(1.0, float(np.abs(theirs).max())))
+
+
+def _hidden(rows: dict[str, Array]) -> dict[str, Array]:
+    """With scores of 0 for keys that the pattern leaves out: those behind a window."""
+    for name, scores in rows.items():
+        pattern = rows.get(name.replace("attn_scores", "attn_pattern"))
+        if name.startswith("attn_scores") and pattern is not None:
+            rows[name] = np.where(pattern > 0, scores, 0).astype(scores.dtype)
+    return rows
 
 
 def _causal(x: Array) -> Array:

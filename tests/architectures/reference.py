@@ -138,7 +138,8 @@ class Reference:
                 attn = self._part(block, "attn")
                 attn.register_forward_pre_hook(partial(self._given, layer), with_kwargs=True)
             elif (part := self._part(block, site)) is not None:
-                part.register_forward_hook(self._reader(site, layer))
+                before_mlp = site == "attn_norm" and self._is_mlp_alone(block)
+                part.register_forward_hook(self._reader("mlp_norm" if before_mlp else site, layer))
         attn = self._part(block, "attn")
         if attn is not None:
             self._hook_product(layer, attn)
@@ -152,9 +153,7 @@ class Reference:
         ):
             reader.register_forward_pre_hook(self._middle(layer))
         out = self._parts(block, "attn_out") or [x for x in [attn] if x is not None]
-        # in nemotron-h an MLP is a block of its own
-        alone = [x for x in out if type(x).__name__.endswith("MLP")]
-        self._add_part("mlp_out" if alone else "attn_out", layer, out)
+        self._add_part("mlp_out" if self._is_mlp_alone(block) else "attn_out", layer, out)
         out = self._parts(block, "mlp_out") or [
             x for x in [self._part(block, "mlp")] if x is not None
         ]
@@ -300,6 +299,11 @@ class Reference:
             return rows.reshape(out.shape), weights
 
         return attend
+
+    def _is_mlp_alone(self, block: Any) -> bool:
+        """Whether a block is an MLP and nothing else, as some of nemotron-h's are."""
+        parts = self._parts(block, "attn_out") or [self._part(block, "attn")]
+        return any(type(x).__name__.endswith("MLP") for x in parts)
 
     def _scores(self, layer: int, q: Any, k: Any, scale: float, cap: float | None = None) -> None:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)

@@ -385,6 +385,20 @@ def test_the_end_of_a_block_without_a_name(monkeypatch: pytest.MonkeyPatch) -> N
     assert "resid_pre.1" not in {str(s) for s in lost.sites}
 
 
+def test_keys_that_another_block_has_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3n and 4: the last blocks attend to the keys of an earlier one, in its cells."""
+    g = Graph()
+    x = g.start()
+    q = g("MUL_MAT", "Qcur-0", g.leaf("wq"), g.norm("attn_norm-0", x))
+    scores = g("MUL_MAT", "kq-0", g("VIEW", "a view", g.leaf("cache_k_l3")), q)
+    pattern = g("SOFT_MAX", "kq_soft_max-0", scores)
+    heads = g("MUL_MAT", "kqv_out-0", g.leaf("cache_v_l3"), pattern)
+    g("ADD", "l_out-0", g("MUL_MAT", "wo", g.leaf("wo"), heads), x)
+    t = g.topology(monkeypatch)
+    assert t.cache_layers == {0: 3}
+    assert t.missing[Site("k", 0)] == "this block reads the keys of another block"
+
+
 def _rest_with(n: Node, name: str) -> tuple[Any, ...]:
     return (n.addr, name, *_rest(n)[1:])
 
