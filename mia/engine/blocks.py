@@ -33,10 +33,12 @@ class Part:
     Attributes:
         index: the node's index in the graph, or None.
         note: how the part differs from what its name says; for no node why there is none.
+        scale: what the node's numbers are multiplied with to be the part's.
     """
 
     index: int | None
     note: str = ""
+    scale: float = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -178,8 +180,7 @@ class Block:
         if graph.is_weight(b) or graph.is_weight(a):
             if not top:
                 return _Term(addr)
-            term = self._expand(a if graph.is_weight(b) else b, top=True)
-            return _Term(term.addr, term.terms)
+            return self._expand(a if graph.is_weight(b) else b, top=True)
         return _Term(addr, [self._expand(a), self._expand(b)])
 
     @cached_property
@@ -262,12 +263,11 @@ class Block:
 
     def _mixes(self, term: _Term) -> bool:
         """Whether a term reads a memory: keys and values, or a state."""
-        return any(
-            graph.is_leaf(s) and graph.node(s).name.startswith("cache_")
-            for graph in [self._graph]
-            for addr in graph.upstream([term.addr], self._pre or 0)
-            for s in graph.node(addr).src
+        graph = self._graph
+        sources = (
+            s for addr in graph.upstream([term.addr], self._pre or 0) for s in graph.node(addr).src
         )
+        return any(graph.is_leaf(s) and graph.node(s).name.startswith("cache_") for s in sources)
 
     @property
     def is_mixed(self) -> bool:
@@ -302,7 +302,8 @@ class Block:
 
     def attn_norm(self) -> Part:
         """What the products of attention, or of another mixer, read."""
-        starts = [self._graph.nodes[i].addr for i in (self._query, self._key, self._value) if i]
+        read = (self._query, self._key, self._value)
+        starts = [self._graph.nodes[i].addr for i in read if i is not None]
         if not starts:
             among = self._terms if self._mid is None else list(self._mid.leaves())
             starts = [t.addr for t in among if t.addr != self._pre and self._mixes(t)]
@@ -364,9 +365,10 @@ class Block:
     def attn_scores(self) -> Part:
         if self._softmax is None:
             return self._no_attention()
-        scores = self._graph.index.get(self._graph.nodes[self._softmax].src[0])
-        alibi = self._graph.nodes[self._softmax].param_f32(1)
-        return Part(scores, "before ALiBi's distances are taken off" if alibi else "")
+        softmax = self._graph.nodes[self._softmax]
+        scale, alibi = softmax.param_f32(0), softmax.param_f32(1)
+        note = "before ALiBi's distances are taken off" if alibi else ""
+        return Part(self._graph.index.get(softmax.src[0]), note, scale)
 
     def attn_pattern(self) -> Part:
         if self._softmax is None:

@@ -69,7 +69,8 @@ class Topology:
         n_tokens: int = 2,
         refused: Mapping[Site, str] | None = None,
     ):
-        """`n_tokens`: of the batch that showed the graph; `refused`: sites that are not what their names say, and why; not offered."""
+        """`n_tokens`: of the batch that showed the graph; `refused`: sites that are not what their
+        names say, and why; not offered."""
         self.nodes, self.n_layer = nodes, n_layer
         self._n_head, self._n_tokens = n_head, n_tokens
         self.graph = Graph(nodes)
@@ -178,14 +179,13 @@ class Topology:
         if part.note:
             self.notes[site] = part.note
         layout, shape = self._row(kind, layer, self.nodes[part.index].ne)
-        scale = self._softmax_scale(layer) if kind.name == "attn_scores" else 1.0
         ids = -1
         if kind.name == "expert_weights":  # of those chosen; the site has one for each expert
             assert layer is not None
             route = self._routes.by_layer[layer]
             layout, shape, ids = "chosen", (route.n_expert,), route.ids
         self.sites[site] = SiteNode(
-            part.index, layout, self._outputs_only[part.index], shape, scale, ids
+            part.index, layout, self._outputs_only[part.index], shape, part.scale, ids
         )
 
     def _row(
@@ -203,10 +203,6 @@ class Topology:
             n_head = q.shape[0] if q is not None and q.layout == "heads" else self._n_head
             return "rows", (n_head, ne[0] // n_head)
         return "rows", (ne[0],)
-
-    def _softmax_scale(self, layer: int | None) -> float:
-        softmax = self.graph.named.get(f"kq_soft_max-{layer}")
-        return 1.0 if softmax is None else self.nodes[softmax].param_f32(0)
 
     def absence(self, site: Site) -> str:
         """A line that says why there is no such site."""

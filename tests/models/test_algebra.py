@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,9 @@ def _sites_of_block() -> dict[str, Callable[[Block], Part]]:
 
 
 def test_scores_of_another_scale_are_refused(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Topology, "_softmax_scale", lambda self, layer: 1.0)
+    monkeypatch.setitem(
+        _sites_of_block(), "attn_scores", lambda b: replace(_true["attn_scores"](b), scale=1.0)
+    )
     with Model(llama.path, threads=1) as model:
         refused = check(model, model._engine).refused
     assert {f"attn_scores.{i}" for i in range(3)} <= set(refused)
