@@ -250,7 +250,9 @@ def _repacking(model: Model) -> list[Finding]:
     from mia.llama.probe import extra_buffers_safe
     from mia.models.speed import repacking_speed
 
-    if not extra_buffers_safe() or model.path.stat().st_size > _SMALL:
+    file = model.facts.file
+    assert file is not None
+    if not extra_buffers_safe() or file.stat.st_size > _SMALL:
         return []
     with step("timing extra weight buffers"):
         prefill, decode = repacking_speed(model.path, model.threads)

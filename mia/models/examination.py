@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mia.arrays import Array
+from mia.arrays import Array, norms
 from mia.edits import Edit
 from mia.engine.routes import NONE
 from mia.errors import MiaError
@@ -167,9 +167,12 @@ class _Examination:
         requests = [Request(r, captures=[Capture(site)]) for r in (self._ids, *others)]
         rows = self._model.run(requests)[0].captures[site]
         alone = self._residuals[self._layer]
-        error = float((np.linalg.norm(rows - alone, axis=1) / np.linalg.norm(alone, axis=1)).max())
+        with np.errstate(invalid="ignore", divide="ignore"):  # a model may give nothing but zeros
+            error = float((norms(rows - alone) / norms(alone)).max())
         numbers = {"relative_error": error}
         text = f"a prompt's activations among others differ by {100 * error:.2g} % at most"
+        if not np.isfinite(error):
+            text = "a prompt's activations are zero, or no numbers"
         if not error <= (0.02 if self._is_float else 0.5):
             advice = "report this: prompts in one run disturb each other"
             return Finding("fail", "batches", text, advice, numbers)

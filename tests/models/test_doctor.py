@@ -130,6 +130,24 @@ def test_weights_that_are_no_numbers(tmp_path: Path, llama: Tiny) -> None:
     assert "nothing was edited: the model's file is damaged" in line(report, "runs").text
 
 
+def test_activations_that_are_all_zero(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of nothing is no number, and not below a bound."""
+    with Model(llama.path, threads=1) as model:
+        _ = model.site_checks
+        true = Model.run
+
+        def nothing(self: Model, requests: Any, **how: Any) -> Any:
+            results = true(self, requests, **how)
+            for result in results:
+                for rows in result.captures.values():
+                    rows[:] = 0
+            return results
+
+        monkeypatch.setattr(Model, "run", nothing)
+        report = doctor(model)
+    assert "batches" in of_level(report, "fail")
+
+
 def test_a_site_that_is_not_what_it_says(
     llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
