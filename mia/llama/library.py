@@ -93,6 +93,8 @@ class Library:
         self._log_goes_on = False
         #: threads that are inside the library
         self.at_work: set[int] = set()
+        #: whether the process ends
+        self.exiting = False
         #: the most threads that the library has started, and whether a device is in use
         self._threads, self._on_device = 1, False
         #: why a forked child cannot use the library, with how many threads
@@ -194,6 +196,8 @@ class Library:
         self._on_device |= device
         thread = threading.get_ident()
         outermost = thread not in self.at_work
+        if outermost and self.exiting and threading.current_thread() is not threading.main_thread():
+            threading.Event().wait()  # a daemon, which ends with the process
         if outermost:
             self._messages.clear()  # what is said from here on is about this call
         self.at_work.add(thread)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from mia.llama.library import Library
 
 _exiting = False
+#: seconds that the end of the process waits for threads that are inside the library
+_PATIENCE = 5.0
 
 
 class Owned:
@@ -33,7 +36,7 @@ class Owned:
         self._pointer = pointer
         # `needs` are arguments, so that the registry of finalizers keeps them until this one has run
         self._free = weakref.finalize(self, _free, lib, os.getpid(), free, pointer, needs)
-        _notice_exit()
+        _notice_exit(lib)
 
     def get(self, what: str) -> Any:
         """The pointer. Raises `UsageError` if it has been freed."""
@@ -59,11 +62,15 @@ def _free(
 
 
 @cache
-def _notice_exit() -> None:
+def _notice_exit(lib: Library) -> None:
     """Registered after weakref's own function for the end of the process, it runs before that."""
-    atexit.register(_exit)
+    atexit.register(_exit, lib)
 
 
-def _exit() -> None:
+def _exit(lib: Library) -> None:
+    """Other threads come out of the library, and in no more: what they compute with is taken down."""
     global _exiting
-    _exiting = True
+    _exiting = lib.exiting = True
+    end = time.monotonic() + _PATIENCE
+    while lib.at_work and time.monotonic() < end:
+        time.sleep(0.002)
