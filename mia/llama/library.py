@@ -91,8 +91,9 @@ class Library:
         self._check_layout()
         self._messages: list[str] = []
         self._log_goes_on = False
-        #: threads that are inside the library
+        #: threads that are inside the library, and all that ever were
         self.at_work: set[int] = set()
+        self._users: set[int] = set()
         #: whether the process ends
         self.exiting = False
         #: the most threads that the library has started, and whether a device is in use
@@ -196,17 +197,24 @@ class Library:
         self._on_device |= device
         thread = threading.get_ident()
         outermost = thread not in self.at_work
+        self.at_work.add(thread)  # before it asks, so that the end of the process sees it
+        self._users.add(thread)
         if outermost and self.exiting and threading.current_thread() is not threading.main_thread():
+            self.at_work.discard(thread)
             threading.Event().wait()  # a daemon, which ends with the process
         if outermost:
             self._messages.clear()  # what is said from here on is about this call
-        self.at_work.add(thread)
         try:
             with Held(stop):
                 return wrap(function(*args))
         finally:
             if outermost:
                 self.at_work.discard(thread)
+
+    def used_by_others(self) -> bool:
+        """Whether another living thread has used the library: it may hold pointers of it."""
+        living = {t.ident for t in threading.enumerate()}
+        return bool(self._users & living - {threading.get_ident()})
 
     def _after_fork(self) -> None:
         """A child has this one thread only. GNU's OpenMP would wait for the others for ever, and a

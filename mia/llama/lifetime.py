@@ -2,8 +2,9 @@
 
 `Owned` is a pointer of the library's. It keeps what it depends on (a context its model) until it
 has been freed itself, in whatever order Python drops the objects around them. That includes the end
-of the process, where some backends insist on it; only if a thread is still inside the library
-then, nothing is freed. Nor does a forked child free what is its parent's.
+of the process, where some backends insist on it; only if another thread that has used the library
+is still alive then, nothing is freed: between two calls it reads what the library has computed. Nor
+does a forked child free what is its parent's.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Owned:
 def _free(
     lib: Library, pid: int, free: Callable[[Any], object], pointer: Any, needs: object
 ) -> None:
-    if pid == os.getpid() and not (_exiting and lib.at_work):
+    if pid == os.getpid() and not (_exiting and lib.used_by_others()):
         with Held():  # freeing logs
             free(pointer)
 
