@@ -28,6 +28,8 @@ _WHERE = {
     "Hook": "mia.hooks",
     "IclExperiment": "mia.methods.icl",
     "LogitLens": "mia.lenses",
+    "LogitDifference": "mia.request",
+    "LogitSum": "mia.request",
     "MiaError": "mia.errors",
     "MiaWarning": "mia.notices",
     "Model": "mia.model",
@@ -43,6 +45,7 @@ _WHERE = {
     "Steering": "mia.steering",
     "TaskSetup": "mia.methods.icl",
     "UsageError": "mia.errors",
+    "TokenLogits": "mia.request",
     "Vector": "mia.vectors",
     "show_progress": "mia.progress",
 }
@@ -71,9 +74,12 @@ if TYPE_CHECKING:
     from mia.ranges import Head as Head
     from mia.request import (
         Capture as Capture,
+        LogitDifference as LogitDifference,
+        LogitSum as LogitSum,
         Request as Request,
         Result as Result,
         Sampling as Sampling,
+        TokenLogits as TokenLogits,
     )
     from mia.show.report import Report as Report
     from mia.sites import Site as Site

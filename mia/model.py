@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mia.edits import Edit, Tokens, resolve_tokens
+from mia.engine.finite import NotFiniteError
 from mia.engine.run import Engine
 from mia.errors import ModelError, UsageError
 from mia.generation import Generation
@@ -18,10 +19,11 @@ from mia.io.files import file_sha256
 from mia.io.kinds import refuse_other_kind
 from mia.llama import CACHE_TYPES, LlamaModel
 from mia.llama.c_numbers import c_int, usable_threads
+from mia.llama.open_file import OpenFile
 from mia.models import registry
 from mia.notices import notice
 from mia.progress import Progress, step
-from mia.request import Capture, Request, Result, Sampling, one_or_more
+from mia.request import Capture, Request, Result, Sampling, TokenMetric, one_or_more
 from mia.sites import KINDS, Site, parse
 from mia.vocabulary import Vocabulary
 
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
     from mia.io.activations import Activations
     from mia.io.provenance import ModelFacts
     from mia.lenses import LogitLens
+    from mia.lenses.unembedding import Unembedding
     from mia.llama.weights import Weights
     from mia.models.claims import Algebra
+    from mia.models.copies import Weights as CopiedWeights
     from mia.steering import Handle, Steering
     from mia.vectors import Vector
 
@@ -44,6 +48,7 @@ class Model(Vocabulary):
         n_layer, n_embd, n_head, n_head_kv, n_vocab: its sizes. Heads at `head_out` number
             n_head, at `k` and `v` n_head_kv.
         n_ctx: the longest prompt with its continuation, in tokens.
+        rpc: the RPC servers that have its blocks.
     """
 
     def __init__(
@@ -53,9 +58,11 @@ class Model(Vocabulary):
         ctx: int | None = None,
         threads: int | None = None,
         gpu_layers: int | None = None,
+        rpc: str | Sequence[str] | None = None,
         kv_type: str | None = None,
         bos: bool | None = None,
         flash: bool | None = None,
+        as_type: str | None = None,
     ):
         """Opens a model.
 
@@ -63,16 +70,25 @@ class Model(Vocabulary):
             model: a .gguf file, or a name that `mia models` lists.
             ctx: the most tokens of one request; by default what the model was trained with.
             threads: by default, and at most, all processors this process may use.
-            gpu_layers: how many blocks to put on a GPU, -1 for all.
+            gpu_layers: how many blocks to put on a GPU, -1 for all; with `rpc` all by default.
+            rpc: servers for the blocks (`mia rpc-server`), as "host:port" each; several share them
+                by their free memory. Without encryption: loopback and private networks only. If a
+                server dies while it is in use, llama.cpp ends the process: one line on stderr
+                (by `sys.excepthook`), exit status 1.
             kv_type: type of the KV cache; by default f32 for F32 models (exact), else f16.
             bos: put a BOS token before each prompt; by default what the file asks for.
             flash: fused attention; by default wherever no attention pattern is read and
                 the cache is not f32 (it rounds keys and values to f16).
+            as_type: f16, bf16 or f32: open a copy of the weights in this type, which is made once
+                and kept (`mia.models.copies`). Its products do not round activations to 8 bits.
 
         Raises:
             ModelError: no such model, or the file is damaged or not a decoder model.
             RangeError: ctx, threads or gpu_layers are out of range.
-            EngineError: this process was forked from one in which llama.cpp ran threads.
+            UsageError: an unknown type.
+            FileError: there is no room for a copy.
+            EngineError: this process was forked from one in which llama.cpp ran threads, or an RPC
+                server is not there, hangs, or is of another version.
         """
         spec = registry.resolve(str(model))
         assert spec.path is not None
@@ -80,16 +96,30 @@ class Model(Vocabulary):
         if (run := runs.current()) is not None:
             run.opens(spec.name, partial(file_sha256, spec.path))
         registry.check_gguf(spec.path)
-        layers = c_int(spec.gpu_layers if gpu_layers is None else gpu_layers, "gpu_layers", -1)
+        servers = (spec.rpc if rpc is None else rpc) or ()
+        if gpu_layers is None:
+            gpu_layers = spec.gpu_layers
+        if gpu_layers is None:
+            gpu_layers = -1 if servers else 0
+        layers = c_int(gpu_layers, "gpu_layers", -1)
         n_ctx = ctx or spec.ctx
         if n_ctx is not None:
             c_int(n_ctx, "ctx", 1)
         self.threads = usable_threads(threads)
         from mia.llama.probe import extra_buffers_safe
 
-        llama = LlamaModel(spec.path, gpu_layers=layers, extra_bufts=extra_buffers_safe())
+        #: the copy of its weights that is open, None for the file itself
+        self.copy: CopiedWeights | None = None
+        if as_type is not None:
+            from mia.models import copies
+
+            self.copy = copies.weights_as(spec.path, as_type, name=spec.name, threads=self.threads)
+        loaded = spec.path if self.copy is None else self.copy.path
+        llama = LlamaModel(loaded, gpu_layers=layers, extra_bufts=extra_buffers_safe(), rpc=servers)
+        # results are of the model; which copy of its weights was run, they say beside it
+        self._file = llama.file if loaded == spec.path else OpenFile(spec.path)
         super().__init__(llama, spec, bos)
-        self.path = spec.path
+        self.path, self.rpc = spec.path, llama.rpc
         self.n_layer, self.n_embd = self._llama.n_layer, self._llama.n_embd
         self.n_head, self.n_head_kv = self._llama.n_head, self._llama.n_head_kv
         self.n_ctx = n_ctx or self._llama.n_ctx_train
@@ -110,12 +140,15 @@ class Model(Vocabulary):
         if run is not None:
             from mia.io.provenance import opened, setup
 
-            run.opened(opened(self), setup())
+            run.opened(opened(self), setup(self))
 
     def close(self) -> None:
         """Frees the model, as dropping it does, after the run that another thread may have under
         way. Using it afterwards raises `UsageError`."""
         self._engine.close()
+        self._file.close()
+        if self.copy is not None and self.copy.hold is not None:
+            self.copy.hold.close()
 
     def __enter__(self) -> Model:
         return self
@@ -148,8 +181,8 @@ class Model(Vocabulary):
 
     @cached_property
     def file_hash(self) -> str:
-        """SHA-256 of the model file as it was opened."""
-        return self._llama.file.sha256()
+        """SHA-256 of the model file as it was opened, also if a copy of its weights is run."""
+        return self._file.sha256()
 
     # -- the one way to the model ----------------------------------------------------
 
@@ -174,7 +207,15 @@ class Model(Vocabulary):
             requests = [replace(r, edits=(*standing, *r.edits)) for r in requests]
         if any(r.edits or r.captures for r in requests):
             _ = self.site_checks
-        return self._engine.run(requests, progress=progress)
+        if any(isinstance(r.metric, TokenMetric) for r in requests):
+            self._engine.token_logits = self._unembedding
+        try:
+            return self._engine.run(requests, progress=progress)
+        except NotFiniteError as err:
+            if self.copy is None or self.copy.type != "f16":
+                raise
+            hint = "f16 ends at 65504, which as_type bf16 does not"
+            raise NotFiniteError(f"{err}; {hint}") from err
 
     @cached_property
     def site_checks(self) -> Algebra:
@@ -209,6 +250,23 @@ class Model(Vocabulary):
         from mia.llama.weights import Weights
 
         return Weights(self._llama.file)
+
+    @cached_property
+    def _unembedding(self) -> Unembedding | None:
+        """Logits of a few tokens; None if they are not the model's own."""
+        from mia.lenses.unembedding import Unembedding
+
+        site = Site("final_norm")
+        tokens = [t % self.n_vocab for t in (7, 11, 13, 17)][: self.n_ctx]
+        try:
+            unembedding = Unembedding(self.topology, self.weights, architecture=self.architecture)
+            request = Request(tokens, captures=[Capture(site)], logits="all")
+            result = self._engine.run([request])[0]
+            assert result.logits is not None
+            own = unembedding.agrees(result.captures[site], result.logits)
+        except ModelError:
+            return None  # mia does not know what this file or its graph has there
+        return unembedding if own else None
 
     @cached_property
     def lens(self) -> LogitLens:
@@ -274,7 +332,12 @@ class Model(Vocabulary):
             self.n_embd,
             self.n_head,
             self.n_head_kv,
-            self._llama.file,
+            self._file,
+            **(
+                {}
+                if self.copy is None
+                else {"as_type": self.copy.type, "as_type_note": self.copy.note}
+            ),
         )
 
     def file_metadata(self, **arguments: Any) -> dict[str, str]:

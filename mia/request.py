@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
+
+import numpy as np
 
 from mia.arrays import Array
 from mia.edits import Edit, Tokens
@@ -127,6 +129,79 @@ class Sampling:
         )
 
 
+class TokenMetric:
+    """A `Request.metric` that reads the logits of a few tokens: then the unembedding, 15 to 24 % of a
+    sweep over SmolLM2-135M (Q4_1, F16), is left out where nothing else of a batch reads logits.
+
+    The logits are the final norm's rows times the tokens' rows of the unembedding, as the file
+    has them. On quantized files llama.cpp rounds the former to 8 bits, and its own logits differ by
+    that noise. So the metrics of one run all read the same: llama.cpp's logits, where an architecture
+    has steps there that mia does not know, edits of one of them change `logits` themselves, or one is
+    of more than 256 tokens (`mia.engine.limits.METRIC_TOKENS`); or else mia's. Steering by llama.cpp's
+    control vector changes nothing about that.
+
+    Attributes:
+        tokens: ids of the tokens that it reads.
+    """
+
+    tokens: tuple[int, ...]
+
+    def of(self, logits: Array) -> Any:
+        """The value, from the tokens' logits (n_positions, n_tokens)."""
+        raise NotImplementedError
+
+    def __call__(self, logits: Array) -> Any:
+        return self.of(logits[:, list(self.tokens)])
+
+
+class TokenLogits(TokenMetric):
+    """A metric: the logits of some tokens, (n_positions, n_tokens) float32."""
+
+    def __init__(self, tokens: Sequence[int]):
+        self.tokens = tuple(wholes(tokens, "tokens of a metric"))
+        if not self.tokens:
+            raise UsageError("a metric of tokens needs at least one")
+
+    def of(self, logits: Array) -> Any:
+        return np.array(logits)
+
+
+class LogitSum(TokenMetric):
+    """A metric: a weighted sum of the logits of some tokens.
+
+    It is a float; of several positions (n_positions,) float32.
+    """
+
+    def __init__(self, weights: Mapping[int, float]):
+        """`weights`: token id -> the weight of its logit."""
+        if not isinstance(weights, Mapping):
+            raise UsageError(
+                f"a sum of logits maps each token id to its weight, not {shown(weights)}"
+            )
+        if not weights:
+            raise UsageError("a metric of tokens needs at least one")
+        self.tokens = tuple(wholes(list(weights), "tokens of a metric"))
+        values = [number(w, "a weight of a metric") for w in weights.values()]
+        with np.errstate(over="ignore"):
+            self.weights = np.array(values, np.float32)
+        if not np.isfinite(self.weights).all():
+            largest = max(values, key=abs)
+            raise UsageError(f"a weight of a metric, {largest:g}, is not finite in float32")
+
+    def of(self, logits: Array) -> Any:
+        sums = logits @ self.weights  # (n_positions,)
+        return float(sums[0]) if len(sums) == 1 else sums
+
+
+class LogitDifference(LogitSum):
+    """A metric: the logit of one token minus that of another (Wang et al. 2022, arXiv 2211.00593)."""
+
+    def __init__(self, right: int, wrong: int):
+        if right == wrong:
+            raise UsageError(f"a difference is of two tokens, both are {right}")
+        super().__init__({right: 1.0, wrong: -1.0})
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Request:
     """One run of the model.
@@ -138,7 +213,9 @@ class Request:
         logits: prompt tokens whose logits are wanted: "last", "all", None for none, or
             as `Edit.tokens`.
         metric: called with `(n_positions, n_vocab)` logits, valid only during the call;
-            its result is `Result.value`, and the logits themselves are not kept.
+            its result is `Result.value`, and the logits themselves are not kept. One of a few
+            tokens (`LogitDifference`, `LogitSum`, `TokenLogits`) costs no unembedding where nothing else of
+            its batches reads logits.
         n_predict: how many tokens to generate at most.
         sampling: how to choose them.
         stop_at_eog: stop where the model ends its turn.
@@ -173,6 +250,10 @@ class Request:
             object.__setattr__(self, "logits", token_indices(self.logits, "logits"))
         if self.metric is not None and not callable(self.metric):
             raise UsageError(f"a metric is a function of logits, not {shown(self.metric)}")
+        if isinstance(self.metric, TokenMetric):
+            tokens = getattr(self.metric, "tokens", None)
+            if not wholes(tokens, "tokens of a metric"):
+                raise UsageError("tokens of a metric: it needs at least one")
         if self.metric is not None and self.logits is None:
             raise UsageError("a metric needs logits, and logits is None")
         if not isinstance(self.sampling, Sampling):

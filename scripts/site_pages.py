@@ -24,6 +24,7 @@ ORDER = (
 GUIDE = (
     "install",
     "models",
+    "devices",
     "first-look",
     "sites-and-edits",
     "patching",

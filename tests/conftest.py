@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from tiny_gguf import write_tiny
 from mia.engine import limits
 from mia.errors import MiaError
 from mia.llama import Context
+from mia.llama.gguf_file import read_header
 from mia.model import Model
+from mia.models import registry
+from mia.models.server import RpcServer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,6 +40,39 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = old
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _on_servers() -> Iterator[None]:
+    """With MIA_TEST_RPC every model lies on RPC servers on loopback, which is memory that is not
+    the host's, as on a GPU: "1" or "2" of them, or "half", one server and half of the blocks."""
+    wish = os.environ.get("MIA_TEST_RPC")
+    if not wish:
+        yield
+        return
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(RpcServer(port=0, threads=1))
+            for _ in range(2 if wish == "2" else 1)
+        ]
+        plain = registry.resolve
+
+        def resolve(name: Any) -> registry.ModelSpec:
+            spec = plain(name)
+            assert spec.path is not None
+            layers = _half_of_the_blocks(spec.path) if wish == "half" else -1
+            servers = ",".join(s.endpoint for s in started)
+            return replace(spec, rpc=servers, gpu_layers=layers)
+
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(registry, "resolve", resolve)
+        yield
+
+
+def _half_of_the_blocks(path: Path) -> int:
+    with path.open("rb") as file:
+        values = read_header(file.fileno(), path).values
+    return (int(values[f"{values['general.architecture'].decode()}.block_count"]) + 1) // 2
 
 
 @pytest.fixture(scope="session")

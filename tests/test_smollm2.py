@@ -8,9 +8,11 @@ from mia.edits import Edit
 from mia.methods import task_vectors
 from mia.methods.demo import SOURCE
 from mia.methods.icl import TaskSetup, experiment
+from mia.methods.sweep import sweep
 from mia.model import Model
 from mia.request import Capture, Request
 from mia.sites import Site
+from mia.sweeps.experiments import Patching, tokens_of
 
 pytestmark = pytest.mark.slow
 
@@ -83,3 +85,54 @@ def test_token_and_chat_words(smollm2: Model) -> None:
     assert smollm2.token_id(" Paris") == smollm2.tokenize(" Paris")[0]
     assert smollm2.chat("Hi").endswith("<|im_start|>assistant\n")
     assert smollm2.generate("The capital of France is", 1, bos=True).text == " Paris"
+
+
+@pytest.mark.filterwarnings("ignore::mia.notices.MiaWarning")  # two copies are made
+def test_a_map_of_patches_is_exact_in_an_f16_copy_alone(smollm2: Model) -> None:
+    """The table of docs/guide/models.md, cut short: 4-bit weights round activations to 8 bits."""
+
+    def effects(m: Model) -> np.ndarray:
+        clean, other = (m.ids(f"{c} is the capital of", bos=True) for c in ("Paris", "Rome"))
+        assert len(clean) == len(other)
+        rows = m.look(clean, "l_out")
+        good = m.token_id(" France")
+        requests = [Request(other, metric=lambda logits: float(logits[-1, good]))]
+        requests += [
+            Request(
+                other,
+                [Edit(f"l_out-{i}", "replace", rows[f"l_out-{i}"][t], tokens=t)],
+                metric=lambda logits: float(logits[-1, good]),
+            )
+            for i in range(0, m.n_layer, 2)
+            for t in range(1, len(clean))
+        ]
+        values = np.array([r.value for r in m.run(requests)])
+        return values[1:] - values[0]
+
+    plain = effects(smollm2)
+    with Model("smollm2", as_type="f16") as half, Model("smollm2", as_type="f32") as full:
+        assert (half.name, half.file_hash) == ("smollm2", smollm2.file_hash)
+        assert half.facts.as_type_note == "weights of q4_1 and q8_0 are rounded to f16"
+        exact = effects(full)
+        correlation = np.corrcoef(effects(half), exact)[0, 1]
+        error, error_half = (np.abs(e - exact).mean() for e in (plain, effects(half)))
+    assert correlation > 0.999
+    assert error > 10 * error_half
+
+
+def test_a_sweep_finds_the_two_sites_of_a_fact(smollm2: Model) -> None:
+    """Meng et al. 2022, figure 1: early layers at the subject, late ones at the last token."""
+    prompt = smollm2.ids("The Eiffel Tower is in the city of", bos=True)
+    report = sweep(
+        smollm2,
+        prompt,
+        Patching(noise_on="Eiffel Tower", draws=2),
+        answer=" Paris",
+        metric="prob",
+        layers="2,5,26,28",
+    )
+    subject = tokens_of(smollm2, prompt, "Eiffel Tower")
+    early, late = report.restored[:2], report.restored[2:]
+    assert set(early.argmax(1)) <= set(subject) and (early.max(1) > 0.2).all()
+    assert (late.argmax(1) == len(prompt) - 1).all() and (late.max(1) > 0.7).all()
+    assert report.n_null == 24 and report.floor < 0.1

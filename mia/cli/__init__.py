@@ -21,6 +21,7 @@ from mia.cli import (
     run,
     soft_vector,
     steer,
+    sweep,
     task_vector,
     tasks,
     tools,
@@ -59,6 +60,7 @@ def _main(
 for group in (
     look,
     run,
+    sweep,
     attention,
     heads,
     experts,

@@ -18,14 +18,28 @@ _PENALTIES = ("repeat_penalty", "frequency_penalty")
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
-def open_model(o: ModelOptions) -> Model:
+def open_model(o: ModelOptions, *, small_effects: bool = False) -> Model:
+    """`small_effects`: what is measured can drown in rounding; a notice says if --as would help."""
     from mia.llama import library_info
     from mia.model import Model
     from mia.notices import notice
 
-    if o.gpu_layers and library_info()["gpu"] == "no":
+    m = Model(
+        o.model,
+        ctx=o.ctx,
+        threads=o.threads,
+        gpu_layers=o.gpu_layers,
+        rpc=o.rpc,
+        as_type=o.as_type,
+    )
+    if o.gpu_layers and not m.rpc and library_info()["gpu"] == "no":
         notice("--gpu-layers does nothing: this llama.cpp was built for the CPU alone")
-    return Model(o.model, ctx=o.ctx, threads=o.threads, gpu_layers=o.gpu_layers)
+    if small_effects and o.as_type is None:
+        from mia.models.advice import advice
+
+        if text := advice(m):
+            notice(f"{text}: --as f16")
+    return m
 
 
 def unescaped(text: str) -> str:

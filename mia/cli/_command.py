@@ -177,7 +177,7 @@ def command(
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters}
         del call.__wrapped__  # typer would look through to the dataclasses
-        about = _joined(inspect.getdoc(function) or "")
+        about = joined(inspect.getdoc(function) or "")
         kind = type("Command", (_Command,), {"output": tuple(names)})
         app.command(name, cls=kind, help=about, rich_help_panel=panel, epilog=epilog(examples))(
             call
@@ -187,7 +187,7 @@ def command(
     return register
 
 
-def _joined(text: str) -> str:
+def joined(text: str) -> str:
     """A docstring with each paragraph on one line, as typer lists commands line by line."""
     return "\n\n".join(" ".join(p.split()) for p in text.split("\n\n"))
 

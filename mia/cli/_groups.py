@@ -12,6 +12,11 @@ from mia.cli._command import option
 MODEL, PROMPT, GENERATION, CHANGES = "Model", "Prompt", "Generation", "Changes while it runs"
 
 
+ThreadsOption = Annotated[
+    int | None, option("-t", "--threads", help="Processors to use.", panel=MODEL, min=1)
+]
+
+
 @dataclass
 class ModelOptions:
     model: Annotated[
@@ -24,15 +29,32 @@ class ModelOptions:
             envvar="MIA_MODEL",
         ),
     ] = "smollm2"
-    threads: Annotated[
-        int | None, option("-t", "--threads", help="Processors to use.", panel=MODEL, min=1)
-    ] = None
+    threads: ThreadsOption = None
     gpu_layers: Annotated[
         int | None, option("--gpu-layers", help="Blocks on the GPU, -1 for all.", panel=MODEL)
+    ] = None
+    rpc: Annotated[
+        str | None,
+        option(
+            "--rpc",
+            help="Put its blocks on RPC servers: host:port[,host:port]. No encryption.",
+            panel=MODEL,
+            envvar="MIA_RPC",
+        ),
     ] = None
     ctx: Annotated[
         int | None,
         option("--ctx", help="Longest prompt with its continuation.", panel=MODEL, min=1),
+    ] = None
+    as_type: Annotated[
+        Literal["f16", "bf16", "f32"] | None,
+        option(
+            "--as",
+            help="Run a copy of the weights in this type, made once and kept (mia models cache): "
+            "activations are not rounded to 8 bits. Pays for many rows, as in sweeps; costs where "
+            "tokens are generated one by one, about twice the time of a 4-bit file.",
+            panel=MODEL,
+        ),
     ] = None
 
 
@@ -235,6 +257,12 @@ ItemsOption = Annotated[
 ]
 AnswerOption = Annotated[
     str, typer.Option("--answer", help='What should follow the prompt, like " Paris".')
+]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(
+        "--against", help='Another answer, like " Rome": the difference to it is measured.'
+    ),
 ]
 BaselineOption = Annotated[
     bool,

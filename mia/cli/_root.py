@@ -34,6 +34,16 @@ class Root(typer.core.TyperGroup):
         if not standalone_mode:
             return super().main(args, *how, **extra)
         in_json = "--json" in (sys.argv[1:] if args is None else args)
+        faults = sys.excepthook
+
+        def last_words(kind: type[BaseException], err: BaseException, trace: Any) -> None:
+            """Of what ends the process from within the library (`mia.llama.rpc`)."""
+            if isinstance(err, MiaError):
+                _say(kind.__name__, str(err), in_json)
+            else:
+                faults(kind, err, trace)
+
+        sys.excepthook = last_words
         try:
             code = super().main(args, *how, **extra)
             _flush()
@@ -51,6 +61,8 @@ class Root(typer.core.TyperGroup):
                 _say_usage(err, in_json)
                 sys.exit(err.exit_code)  # type: ignore[attr-defined]
             raise
+        finally:
+            sys.excepthook = faults
 
 
 def _flush() -> None:

@@ -9,6 +9,7 @@ import typer
 from mia.cli._build import changes, open_model, prompt_ids
 from mia.cli._command import command
 from mia.cli._groups import (
+    AgainstOption,
     AnswerOption,
     ChangeOptions,
     ModelOptions,
@@ -38,9 +39,7 @@ def attribute(
     prompt: PromptOptions,
     change: ChangeOptions,
     answer: AnswerOption,
-    against: Annotated[
-        str | None, typer.Option("--against", help='Attribute the difference to this: " Rome".')
-    ] = None,
+    against: AgainstOption = None,
     token_idx: Annotated[
         str,
         typer.Option(

@@ -113,7 +113,7 @@ def train(
 
     loaded = load_many(tasks)
     files = vector_files(out, loaded)
-    with open_model(model) as m:
+    with open_model(model, small_effects=True) as m:
         how = _training(m, prompts, effect_prompts, n_heads, coeff)
         report = train_many(m, loaded, task.setup(), how, top_k=top_k, files=files)
     for file in files:
@@ -145,7 +145,7 @@ def evaluate(
         new = ("n_heads", "prompts", "effect_prompts")
         refuse(new, "is for a new vector; it does not go with --vector")
     loaded = load_many(tasks)
-    with open_model(model) as m:
+    with open_model(model, small_effects=True) as m:
         how: FunctionVectorTraining | SavedFunctionVector
         if vector is not None:
             layer = layer_of_saved(layers, m.n_layer)
@@ -189,7 +189,7 @@ def compose(
     from mia.methods.function_composition import compose_tasks
 
     chosen = [data.composition(n) for n in names] if names else data.compositions()
-    with open_model(model) as m:
+    with open_model(model, small_effects=True) as m:
         return compose_tasks(
             m,
             chosen,

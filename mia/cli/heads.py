@@ -96,7 +96,7 @@ def heads(
     if not ablate_top:
         refuse(("draws",), "needs --ablate-top K")
     changed = changes(change)
-    with open_model(model) as m:
+    with open_model(model, small_effects=ablate_top > 0) as m:
         text: list[int] | method.RandomRepeats
         if repeat_random is None:
             text = prompt_ids(m, prompt)
@@ -138,7 +138,7 @@ def ablate(
     from mia.methods import ablation
 
     changed = changes(change)
-    with open_model(model) as m:
+    with open_model(model, small_effects=True) as m:
         return ablation.ablate(
             m,
             prompt_ids(m, prompt),

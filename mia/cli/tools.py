@@ -13,11 +13,13 @@ from mia.cli._command import (
     command,
     deliver,
     epilog,
+    joined,
     option,
 )
-from mia.cli._groups import MODEL, ModelOptions
+from mia.cli._groups import MODEL, ModelOptions, ThreadsOption
 from mia.errors import UsageError
 from mia.show.report import Report
+from mia.show.streams import say
 
 PANEL = "Installation"
 
@@ -31,6 +33,7 @@ def register(app: typer.Typer) -> None:
     group.callback()(models)
     command(group, "pull", examples=["mia models pull qwen  # of models.example.toml"])(pull)
     command(group, "convert", examples=["mia models convert smollm2 f32 smollm2-f32.gguf"])(convert)
+    command(group, "cache", examples=["mia models cache --remove smollm2"])(cache)
     app.add_typer(group, name="models", rich_help_panel=PANEL)
     command(app, "doctor", panel=PANEL, examples=["mia doctor", "mia doctor model.gguf"])(doctor)
     command(
@@ -41,6 +44,11 @@ def register(app: typer.Typer) -> None:
             "mia run -p 'The capital of France is' --bos -o paris.json && mia replay paris.json"
         ],
     )(replay)
+    examples = ["mia rpc-server &", "mia run --rpc 127.0.0.1:50052 -p 'The capital of France is'"]
+    about = joined(rpc_server.__doc__ or "")
+    app.command("rpc-server", rich_help_panel=PANEL, help=about, epilog=epilog(examples))(
+        rpc_server
+    )
     hint = "next: mia logit-lens l_out -p 'The capital of France is' --bos"
     command(app, "demo", panel=PANEL, examples=["mia demo"], hint=hint)(demo)
 
@@ -81,6 +89,19 @@ def convert(
     return reports.convert(model, kind, file)
 
 
+def cache(
+    remove: Annotated[
+        list[str] | None,
+        typer.Option("--remove", help="Remove a model's copies: a .gguf file, or a name."),
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all copies.")] = False,
+) -> Report:
+    """Copies of models in another type (--as): source, type, size, last use. What is open stays."""
+    from mia.models import reports
+
+    return reports.copies(remove=remove or (), clear=clear)
+
+
 def doctor(
     model: ModelOptions,
     file: Annotated[str | None, typer.Argument(help="A .gguf file, in place of -m.")] = None,
@@ -92,7 +113,13 @@ def doctor(
     from mia.models import doctor as method
 
     o = model
-    opening = {"ctx": o.ctx, "threads": o.threads, "gpu_layers": o.gpu_layers}
+    opening = {
+        "ctx": o.ctx,
+        "threads": o.threads,
+        "gpu_layers": o.gpu_layers,
+        "rpc": o.rpc,
+        "as_type": o.as_type,
+    }
     return method.doctor(file or o.model, speed=speed, **opening)
 
 
@@ -125,6 +152,28 @@ def replay(
     from mia.methods import replay as method
 
     return method.replay(file, model=model, tolerance=tolerance, trust=trust)
+
+
+def rpc_server(
+    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", help="0 for any that is free.", min=0, max=65535)
+    ] = 50052,
+    threads: ThreadsOption = None,
+    expose: Annotated[
+        bool, typer.Option("--expose", help="Allow an address outside private networks.")
+    ] = False,
+) -> None:
+    """Lend this machine's GPUs or processors to models that run elsewhere (--rpc).
+
+    NO ENCRYPTION AND NO AUTHENTICATION: whoever reaches the port reads prompts and weights and can
+    run code here. Loopback and private networks only. Ctrl-C ends it; it serves one client at a time.
+    """
+    from mia.models.server import RpcServer
+
+    with RpcServer(host, port, threads=threads, expose=expose) as server:
+        say(f"serving at {server.endpoint} until Ctrl-C. {server.warning}")
+        server.wait()
 
 
 def demo() -> Report:

@@ -117,7 +117,7 @@ def show(
     from mia.vectors.report import inspect
 
     if not top_k:
-        refuse(("model", "gpu_layers", "ctx"), "needs a model, and -k 0 opens none")
+        refuse(("model", "gpu_layers", "rpc", "ctx"), "needs a model, and -k 0 opens none")
         return inspect(file)
     with open_model(model) as m:
         return inspect(file, m, k=top_k)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from mia.arrays import Array
-from mia.engine.finite import check_capture
+from mia.engine.finite import check_capture, check_logits
 from mia.engine.jobs import Job, Read
-from mia.request import Result
+from mia.request import Result, TokenMetric
 from mia.sites import BY_KEY, Site
 
 
@@ -58,7 +58,11 @@ class Answer:
         Raises `EngineError` for numbers that are not finite (see finite.py)."""
         n, n_fed = len(self.job.tokens), max(len(self.result.tokens) - 1, 0)
         by_site: dict[Site, list[tuple[list[int], Array]]] = {}
-        for capture, buffer in zip(self.job.request.captures, self.buffers, strict=True):
+        buffers = self.buffers
+        if self.job.metric_read is not None:
+            *buffers, of_metric = buffers
+            self._measure(of_metric, kv_type)
+        for capture, buffer in zip(self.job.request.captures, buffers, strict=True):
             positions = list(buffer.read.positions)
             n_keys = n
             if buffer.read.generated:
@@ -73,6 +77,17 @@ class Answer:
             self.result.by_capture.append((capture, arrays))
         for site, parts in by_site.items():
             self.result.captures[site] = parts[0][1] if len(parts) == 1 else _merged(parts, n)
+
+    def _measure(self, buffer: Buffer, kv_type: str) -> None:
+        """The metric of a few tokens, from the final norm's rows."""
+        ((site, rows),) = buffer.arrays.items()
+        check_capture(rows, site, kv_type=kv_type)
+        metric = self.job.request.metric
+        assert isinstance(metric, TokenMetric) and self.job.token_logits is not None
+        logits = self.job.token_logits(rows, metric.tokens)
+        changed = bool(self.job.request.edits)
+        check_logits(logits, changed=changed, edited=False, kv_type=kv_type)
+        self.result.value = metric.of(logits)
 
 
 def _merged(parts: Sequence[tuple[list[int], Array]], n_prompt: int) -> Array:

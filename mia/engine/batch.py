@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mia.engine import limits
 from mia.engine.cells import Branch
 from mia.engine.generation import Generation
 from mia.engine.segments import Output, Row
@@ -57,3 +58,16 @@ def of_spans(spans: Sequence[Span]) -> Batch:
 def of_generations(generations: Sequence[Generation]) -> Batch:
     rows = [g.next_row() for g in generations]
     return Batch(rows, [g.sequence for g in generations], generations=generations)
+
+
+def best_rows(n_used: int, n_embd: int, most: int) -> int:
+    """How many rows a batch should have, at most `most`, when `n_used` cells are in use and every row
+    attends over all cells, its own or not: the cost of a row, with its part of the decode's, is least."""
+    step = limits.CELL_STEP
+    best, least = most, float("inf")
+    for steps in range(n_used // step + 1, (n_used + most - 1) // step + 2):
+        n = min(steps * step - n_used, most)
+        cost = steps * limits.UNFUSED_STEP / n_embd + limits.DECODE_ROWS / n
+        if cost < least:
+            best, least = n, cost
+    return best

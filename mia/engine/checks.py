@@ -8,6 +8,7 @@ from mia.edits import Edit
 from mia.engine.jobs import Job
 from mia.engine.session import Session
 from mia.errors import RangeError, UsageError
+from mia.request import TokenMetric
 from mia.sites import Site
 
 
@@ -18,7 +19,9 @@ def check_tokens(jobs: Iterable[Job], *, n_ctx: int, n_vocab: int) -> None:
             n, extra = len(job.tokens), job.request.n_predict
             more = f" and {extra} to generate" if extra else ""
             raise RangeError(f"a prompt of {n} tokens{more} is longer than the context of {n_ctx}")
-        low, high = min(job.tokens), max(job.tokens)
+        metric = job.request.metric
+        few = metric.tokens if isinstance(metric, TokenMetric) else ()
+        low, high = min(*job.tokens, *few, 0), max(*job.tokens, *few, 0)
         if low < 0 or high >= n_vocab:
             bad = low if low < 0 else high
             raise RangeError(

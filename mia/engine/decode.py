@@ -13,7 +13,7 @@ from mia.engine.batch import Batch
 from mia.engine.finite import check_logits
 from mia.engine.generation import Generation
 from mia.engine.jobs import Read
-from mia.engine.segments import Output
+from mia.engine.needs import not_read
 from mia.engine.session import Session, Variant
 from mia.engine.visits import Visits
 from mia.errors import EngineError
@@ -45,6 +45,8 @@ class Decoder:
         self._logits_edited = any(site.name == "logits" for site in edits.values())
         #: for each row of the batch, its place among the outputs
         self._output_index: IntArray = np.empty(0, np.intp)
+        #: of the coming decode
+        self._visits: Visits | None = None
         #: what the tracer expects as long as the same generations go on, at the same graph
         self._standing: tuple[Visits, Sequence[Generation], Variant] | None = None
 
@@ -62,6 +64,8 @@ class Decoder:
                 self._session.turn_to(any(outputs))
                 self._expect(batch)
             if self._context.decode(tokens, positions, batch.sequences, outputs):
+                if self._visits is not None:
+                    self._visits.read_later()
                 return
             self._standing = None
             self._session.learn(len(tokens))
@@ -90,6 +94,7 @@ class Decoder:
             visits, generations, last_variant = standing
             if last_variant is variant and generations == batch.generations:
                 visits.go_on(batch.rows)  # the tracer expects it still
+                self._visits = visits
                 self._standing = standing
                 return
         visits = Visits(
@@ -105,10 +110,9 @@ class Decoder:
             visits.put_residuals(batch.first_block, batch.spans)
             skip += variant.topology.skippable_below(batch.first_block)
         visits.gather()
-        if not any(row.output is Output.LOGITS for row in batch.rows):
-            tail = variant.topology.skippable_tail
-            if visits.actions.keys().isdisjoint(tail):
-                skip += tail
-        self._context.tracer.expect(variant.addrs, visits.actions, skip, visits.visit)
+        skip += not_read(batch, variant.topology, visits.actions)
+        self._context.tracer.expect(variant.addrs, visits.stops, skip, visits.visit)
+        self._context.tracer.copy(visits.copies)
+        self._visits = visits
         if batch.generations:
             self._standing = visits, batch.generations, variant

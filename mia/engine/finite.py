@@ -8,7 +8,7 @@ NaN. So one NaN in one cell would spoil every later run on the context. Three gu
 2. `check_logits` and `check_capture` refuse what the model itself has made of large numbers.
 3. Whatever ends a run early has the cache overwritten with zeros (`Engine`), and so has the next
    run after edits that nothing was read behind (`unread_edits`). A joint run that ends with an error is
-   run again without the requests whose edits may have hidden a NaN (`may_hide`), and these alone.
+   run again without the requests whose edits may have left a NaN (`may_spoil`), and these alone.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ _LARGEST = {
 }
 
 
+class NotFiniteError(EngineError):
+    """The model made numbers that are not finite."""
+
+
 def check_edited(rows: Array, site: Site) -> None:
     """Raises `UsageError` if an edit made numbers that are not finite, or so large that a norm after
     them would overflow (see `_LARGEST`). At the logits some may be -inf, tokens that are not to be
@@ -59,14 +63,14 @@ def check_edited(rows: Array, site: Site) -> None:
         raise not_finite(site)
 
 
-def check_logits(row: Array, *, changed: bool, edited: bool, kv_type: str) -> None:
-    """Raises `EngineError` for logits (n_vocab,) that are NaN or infinite.
+def check_logits(logits: Array, *, changed: bool, edited: bool, kv_type: str) -> None:
+    """Raises `EngineError` for logits, of any shape, that are NaN or infinite.
 
     Args:
         changed: whether anything is edited in this run.
         edited: whether edits at the logits may have made some of them -inf.
     """
-    top, bottom = row.max(), row.min()
+    top, bottom = logits.max(), logits.min()
     if np.isnan(top):
         raise _too_large("the logits are not numbers (NaN)", kv_type, changed)
     if np.isinf(top) or (np.isinf(bottom) and not edited):
@@ -86,17 +90,25 @@ def check_capture(rows: Array, site: Site, *, kv_type: str) -> None:
 
 
 def unread_edits(jobs: Iterable[Job]) -> bool:
-    """Whether some edits may have left what is not finite in the cache, unseen: the last token's
-    logits, which depend on all, were not asked for; or one edit may have put other numbers in the place of
-    what another one broke."""
-    return any(
-        may_hide(job)
-        or (job.edits and not job.generates and len(job.tokens) - 1 not in job.logit_positions)
-        for job in jobs
-    )
+    """Whether some edits may have left what is not finite in the cache, unseen."""
+    return any(may_spoil(job) for job in jobs)
 
 
-def may_hide(job: Job) -> bool:
+def may_spoil(job: Job) -> bool:
+    """Whether a job's edits may leave what is not finite in the cache, unseen: the last token's
+    logits, which depend on all, are not asked for; or one edit puts other numbers in the place of what
+    another one broke."""
+    last = len(job.tokens) - 1
+    is_unread = job.edits and not job.generates and last not in _checked(job)
+    return bool(is_unread) or _may_hide(job)
+
+
+def _checked(job: Job) -> tuple[int, ...]:
+    """Prompt positions whose numbers behind the last block are looked at."""
+    return job.logit_positions if job.metric_read is None else job.metric_read.positions
+
+
+def _may_hide(job: Job) -> bool:
     """Whether an edit may put other numbers in the place of what another one broke."""
     return len(job.edits) > 1 and any(_hides(edit) for edit, _ in job.edits)
 
@@ -106,14 +118,14 @@ def _hides(edit: Edit) -> bool:
     return not isinstance(edit.op, str) or edit.op in ("replace", "zero", "mean")
 
 
-def _too_large(what: str, kv_type: str, changed: bool = True) -> EngineError:
+def _too_large(what: str, kv_type: str, changed: bool = True) -> NotFiniteError:
     if not changed:
-        return EngineError(
+        return NotFiniteError(
             f"{what}, and nothing was edited: the model's file is damaged, or llama.cpp computes "
             "wrongly on this machine"
         )
     cache = " or its f16 cache (65504 at most)" if kv_type == "f16" else ""
-    return EngineError(
+    return NotFiniteError(
         f"{what}: an edit is too large for the model{cache}, "
         "or llama.cpp computes wrongly on this machine"
     )

@@ -14,7 +14,7 @@ from functools import cached_property
 from math import prod
 
 from mia.engine.blocks import Block, Part, block_end
-from mia.engine.nodes import Graph
+from mia.engine.nodes import LOOKS, Graph
 from mia.engine.routes import Routes
 from mia.llama import Node
 from mia.sites import KINDS, SITES, Site, SiteKind
@@ -76,6 +76,7 @@ class Topology:
         self.graph = Graph(nodes)
         self._routes = Routes(self.graph)
         self._skippable: dict[int, list[int]] = {}
+        self._stores: dict[int, int] = {}
         self._outputs_only = self.graph.outputs_only()
         self.sites: dict[Site, SiteNode] = {}
         self.missing: dict[Site, str] = {}
@@ -271,6 +272,38 @@ class Topology:
         """Indices of the unembedding, which need not run where no logits are wanted."""
         norm = self.sites.get(Site("final_norm"))
         return [] if norm is None else list(range(norm.index + 1, len(self.nodes)))
+
+    def last_store(self, n_blocks: int) -> int:
+        """Index of the node behind which the first `n_blocks` blocks store nothing that a later decode
+        attends to; -1 for none."""
+        last = self._stores.get(n_blocks)
+        if last is None:
+            end = len(self.nodes)
+            if n_blocks < self.n_layer:
+                below = (
+                    s.index
+                    for site, s in self.sites.items()
+                    if site.layer is not None and site.layer < n_blocks
+                )
+                end = max(below, default=-1)
+            last = self._stores[n_blocks] = max(
+                (i for i in self.graph.writes if i <= end), default=-1
+            )
+        return last
+
+    @cached_property
+    def keeps_state(self) -> bool:
+        """Whether a memory is read before it is written, as a recurrent one is: each decode needs
+        what the last one left in every block."""
+        written: dict[int, int] = {}  # the memory -> index of its last write
+        for i in self.graph.writes:
+            written[self.nodes[i].view_src] = i
+        return any(
+            written.get(self.graph.memory(s), -1) > i
+            for i, n in enumerate(self.nodes)
+            if n.op not in LOOKS and i not in self.graph.writes
+            for s in n.src
+        )
 
 
 #: sites of a block that structure decides

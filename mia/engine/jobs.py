@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mia.arrays import Array
 from mia.edits import Edit, resolve_tokens
+from mia.engine import limits
 from mia.errors import UsageError
-from mia.request import Capture, Request
+from mia.request import Capture, Request, TokenMetric
 from mia.sites import Site, parse, parse_many
+
+#: from rows at `final_norm` (n, n_embd), and token ids, to logits (n, n_tokens)
+TokenLogits = Callable[[Array, Sequence[int]], Array]
 
 
 class EditAt(NamedTuple):
@@ -48,6 +53,8 @@ class Job:
         edits_at: prompt position -> the edits there; positions without any are missing.
         edits_generated: the edits at every generated token.
         logit_positions: prompt positions whose logits are asked for.
+        metric_read: the last of `reads`, if the metric is computed from the final norm's rows.
+        token_logits: makes logits of some tokens of these.
     """
 
     index: int
@@ -59,6 +66,8 @@ class Job:
     edits_generated: tuple[EditAt, ...]
     reads: tuple[Read, ...]
     logit_positions: tuple[int, ...]
+    metric_read: Read | None = None
+    token_logits: TokenLogits | None = None
 
     @property
     def generates(self) -> bool:
@@ -70,8 +79,26 @@ class Job:
         return {s for _, s in self.edits} | {s for read in self.reads for s in read.sites}
 
 
-def resolve(index: int, request: Request, n_layer: int, edits: Sequence[Edit] | None = None) -> Job:
-    """The job of a request. `edits` take the place of the request's own.
+def may_read_few(requests: Iterable[Request], n_layer: int) -> bool:
+    """Whether metrics of a few tokens may be computed from the final norm's rows: not if one of them is
+    of many, or behind edits at the logits. It is so for all requests of a run or for none: their
+    values are compared, and llama.cpp's own logits differ by its rounding."""
+    of_tokens = [(r, r.metric) for r in requests if isinstance(r.metric, TokenMetric)]
+    if any(len(metric.tokens) > limits.METRIC_TOKENS for _, metric in of_tokens):
+        return False
+    edited = {edit.site for request, _ in of_tokens for edit in request.edits}
+    return all(parse(site, n_layer).name != "logits" for site in edited)
+
+
+def resolve(
+    index: int,
+    request: Request,
+    n_layer: int,
+    edits: Sequence[Edit] | None = None,
+    token_logits: TokenLogits | None = None,
+) -> Job:
+    """The job of a request. `edits` take the place of the request's own; `token_logits` serves
+    metrics of a few tokens (`may_read_few`).
 
     Raises:
         SiteError, RangeError: a site or token index that there is not.
@@ -83,6 +110,11 @@ def resolve(index: int, request: Request, n_layer: int, edits: Sequence[Edit] | 
     for rank, (edit, _) in enumerate(pairs):
         for value_row, p in enumerate(edit.positions(n)):
             edits_at[p] = (*edits_at.get(p, ()), EditAt(rank, edit, value_row))
+    positions, reads = _logit_positions(request, n), _reads(request, n, n_fed, n_layer)
+    metric_read: Read | None = None
+    if isinstance(request.metric, TokenMetric) and token_logits is not None:
+        metric_read = Read((Site("final_norm"),), positions, n_rows=len(positions), n_keys=0)
+        positions, reads = (), (*reads, metric_read)
     return Job(
         index=index,
         request=request,
@@ -93,9 +125,15 @@ def resolve(index: int, request: Request, n_layer: int, edits: Sequence[Edit] | 
         edits_generated=tuple(
             EditAt(rank, e, 0) for rank, (e, _) in enumerate(pairs) if e.on_generated
         ),
-        reads=tuple(_read(c, n, n_fed, n_layer) for c in request.captures),
-        logit_positions=_logit_positions(request, n),
+        reads=reads,
+        logit_positions=positions,
+        metric_read=metric_read,
+        token_logits=token_logits,
     )
+
+
+def _reads(request: Request, n: int, n_fed: int, n_layer: int) -> tuple[Read, ...]:
+    return tuple(_read(c, n, n_fed, n_layer) for c in request.captures)
 
 
 def _read(capture: Capture, n: int, n_fed: int, n_layer: int) -> Read:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 
@@ -11,8 +13,36 @@ from mia.llama import Node, describe
 
 #: operations that only look at the same numbers in another shape, or take some rows of them
 _SHAPES = ("RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE", "CONT", "DUP", "CPY")
+#: operations that compute nothing
+LOOKS = ("NONE", "RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE")
 _PASS = (*_SHAPES, "GET_ROWS")
 _PRODUCTS = ("MUL_MAT", "MUL_MAT_ID")
+
+
+#: how llama.cpp's scheduler calls a copy that it makes for another device
+_COPY = re.compile(r"[^#]+#(.+?)(?:#\d*)?")
+
+
+def _original_name(name: str) -> str:
+    match = _COPY.fullmatch(name)
+    return match[1] if match else name
+
+
+def without_copies(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes of a graph that several devices compute, as one device's: what reads a copy reads
+    the node that was copied. Only the copy's name tells which one that is."""
+    known, latest, out = {n.addr for n in nodes}, dict[str, int](), []
+
+    def original(addr: int) -> int:
+        if addr in known or not (match := _COPY.fullmatch(describe(addr).name)):
+            return addr
+        return latest.get(match[1], addr)  # a copy of an input stays a leaf
+
+    for n in nodes:
+        src = tuple(original(s) for s in n.src)
+        out.append(n if src == n.src else replace(n, src=src))
+        latest[n.name] = n.addr
+    return out
 
 
 class Graph:
@@ -37,13 +67,27 @@ class Graph:
             if n.op == "SET_ROWS" and n.name.startswith("cache_")
         }
 
+    @cached_property
+    def writes(self) -> frozenset[int]:
+        """Indices of the nodes that write to memory which outlives a decode: keys and values, states."""
+        return frozenset(
+            i
+            for i, n in enumerate(self.nodes)
+            if n.view_src and n.view_src not in self.index and n.op not in LOOKS
+        )
+
+    def memory(self, addr: int) -> int:
+        """The tensor whose memory a tensor looks at: itself if it looks at none."""
+        return self.node(addr).view_src or addr
+
     def node(self, addr: int) -> Node:
         """The node or leaf at an address of this graph."""
         i = self.index.get(addr)
         if i is not None:
             return self.nodes[i]
         if addr not in self._leaves:
-            self._leaves[addr] = describe(addr)
+            leaf = describe(addr)
+            self._leaves[addr] = replace(leaf, name=_original_name(leaf.name))
         return self._leaves[addr]
 
     def is_leaf(self, addr: int) -> bool:

@@ -1,7 +1,8 @@
 """From requests to segments: what is decoded once, and what each segment will need.
 
 A segment that forks keeps its cells in the KV cache while its children run as sequences that
-share them. segments.py has the terms; resume.py leaves blocks out that are known already.
+share them; one of them goes on in the same batch. segments.py has the terms; resume.py leaves
+blocks out that are known already.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Collection, Sequence
 
 from mia.engine import limits
 from mia.engine.jobs import Job, sites_of_edits
-from mia.engine.resume import let_run_whole, plan_resumed
+from mia.engine.needs import Needs
+from mia.engine.resume import Ends, add_twins, link
 from mia.engine.segments import Output, Row, Segment, walk
 from mia.sites import Site
 
@@ -22,16 +24,15 @@ def build(
     n_layer: int,
     n_ubatch: int,
     skip_blocks: bool,
-    n_sequences: int = limits.MAX_SEQUENCES,
+    has_window: bool = False,
     output_sites: Collection[Site] = (),
 ) -> list[Segment]:
     """The segments without a parent, in the order of the requests.
 
     Args:
         share: False keeps every request apart (memories that cannot share prefixes).
-        n_sequences: how many there are. Segments that could skip blocks, but would need more, run
-            whole. The rest may need more all the same (`Segment.sequences`).
         skip_blocks: whether segments may start at a later block than the first.
+        has_window: whether a sequence cannot be cut back to an earlier fork (see `Ledger`).
         output_sites: sites whose node has rows for outputs only.
     """
     rows = _Rows(output_sites)
@@ -42,13 +43,17 @@ def build(
         path = rows.insert(job)
         if not share:
             tops.append(path[0])
+    twins = []
     if share:
+        if skip_blocks:
+            sites = sites_of_edits(jobs)
+            twins = add_twins(rows.ends, sites, n_layer=n_layer, n_ubatch=n_ubatch)
         tops = list(rows.root.children.values())
     segments = [_segment(top, rows.ends) for top in tops]
-    if skip_blocks and share:
-        plan_resumed(segments, sites_of_edits(jobs), n_layer=n_layer, n_ubatch=n_ubatch)
+    link(segments, twins)
+    needs = Needs(sites_of_edits(jobs), n_layer)
     for segment in segments:
-        _set_needs(segment, n_sequences)
+        _set_needs(segment, needs, has_window)
     return segments
 
 
@@ -57,8 +62,7 @@ class _Rows:
 
     def __init__(self, output_sites: Collection[Site]):
         self.root = Row(-1, -1, (), None)
-        #: the jobs that end with a row
-        self.ends: dict[Row, list[Job]] = {}
+        self.ends: Ends = {}
         self._output_sites = frozenset(output_sites)
         #: tokens of a prompt -> the rows of its unedited beginning, as far as there are any
         self._unedited: dict[tuple[int, ...], list[Row]] = {}
@@ -109,7 +113,7 @@ def _want(row: Row, output: Output) -> None:
         row.output = output
 
 
-def _segment(row: Row, ends: dict[Row, list[Job]]) -> Segment:
+def _segment(row: Row, ends: Ends) -> Segment:
     """The tree of segments under a row; without recursion, for prompts are long."""
     top = Segment([row], None)
     stack = [top]
@@ -125,27 +129,43 @@ def _segment(row: Row, ends: dict[Row, list[Job]]) -> Segment:
     return top
 
 
-def _set_needs(top: Segment, n_sequences: int) -> None:
-    for segment in reversed(list(walk([top]))):
-        segment.sequences = _sequences(segment.children, len(segment.generating))
-        if segment.sequences > n_sequences:
-            let_run_whole(segment.children)
-            segment.sequences = _sequences(segment.children, len(segment.generating))
+def _set_needs(top: Segment, needs: Needs, has_window: bool) -> None:
+    segments = list(walk([top]))
+    for segment in reversed(segments):
+        segment.n_blocks = max(needs.of(segment), *(c.n_blocks for c in segment.children), 0)
         below = max((c.path_cells for c in segment.children), default=0)
         segment.generation_cells = max(
             (job.request.n_predict - 1 for job in segment.generating), default=0
         )
         segment.path_cells = len(segment.rows) + max(below, segment.generation_cells)
-        n_states = sum(row.output is Output.STATES for row in segment.rows)
-        segment.states_apart = n_states >= limits.STATES_APART
+        if has_window:
+            segment.sequences = sequences_needed(segment.children, len(segment.generating))
+        segment.heir = _heir(segment.children)
+    for segment in segments:
+        if segment.parent is None or segment.parent.heir is not segment:
+            _set_states_apart(list(segment.line))
 
 
-def _sequences(children: Sequence[Segment], n_generating: int) -> int:
-    """A segment keeps a sequence to copy from until its last child takes it over. Children that
-    need more sequences run later, so it takes 2^n segments before n sequences are too few."""
+def sequences_needed(children: Sequence[Segment], n_generating: int) -> int:
+    """For models with a sliding window. A segment keeps a sequence to copy from until its last child
+    takes it over. Children that need more sequences run later, so it takes 2^n segments before n
+    sequences are too few; but each token where others leave a twin takes one more."""
     forks = sorted([c.sequences for c in children] + [1] * n_generating)
     if len(forks) < 2:
         return max(forks, default=1)
     if any(c.twin for c in children):  # these cannot run before their twin
         return 1 + forks[-1]
     return max(forks[-1], 1 + forks[-2])
+
+
+def _heir(children: Sequence[Segment]) -> Segment | None:
+    """The child that goes on in its parent's batch: others may wait for it if it is unedited, and
+    if it is long, the others run side by side without it."""
+    whole = [c for c in children if c.twin is None]
+    return max(whole, key=lambda c: (not c.rows[0].edits, c.path_cells), default=None)
+
+
+def _set_states_apart(line: Sequence[Segment]) -> None:
+    n_states = sum(row.output is Output.STATES for segment in line for row in segment.rows)
+    for segment in line:
+        segment.states_apart = n_states >= limits.STATES_APART

@@ -12,9 +12,10 @@ from mia.engine import limits
 from mia.engine.checks import check_sites, check_tokens
 from mia.engine.control_vector import directions, shared_edits
 from mia.engine.decode import ATTEMPTS, Restart, always_new_graph
-from mia.engine.finite import may_hide, unread_edits
+from mia.engine.finite import may_spoil, unread_edits
 from mia.engine.graph import Topology
-from mia.engine.jobs import Job, resolve
+from mia.engine.jobs import Job, TokenLogits, may_read_few, resolve
+from mia.engine.kept import stops_at_inputs
 from mia.engine.plan import build
 from mia.engine.runner import Runner
 from mia.engine.session import Session, Sessions
@@ -56,6 +57,8 @@ class Engine:
         self._flash = kv_type != "f32" if flash is None else flash
         #: blocks in which llama.cpp's control vector is an edit at the end (`Model.site_checks`)
         self.blocks_with_vector: Collection[int] = range(1, model.n_layer)
+        #: logits of a few tokens from the final norm's rows, if the model's are known to be that
+        self.token_logits: TokenLogits | None = None
         self.sessions = Sessions(model, kv_type=kv_type, threads=threads)
         # The lock of the threads' turns is all that says who is inside: Ctrl-C can fall between any two
         # lines of Python, and a note of ours would stay.
@@ -75,7 +78,8 @@ class Engine:
         #    alike, llama.cpp's control vector does it, and the jobs have no edits left.
         steering = shared_edits(requests, model.n_layer, self.blocks_with_vector)
         edits = () if steering else None
-        jobs = [resolve(i, r, model.n_layer, edits) for i, r in enumerate(requests)]
+        few = self.token_logits if may_read_few(requests, model.n_layer) else None
+        jobs = [resolve(i, r, model.n_layer, edits, few) for i, r in enumerate(requests)]
         check_tokens(jobs, n_ctx=self._n_ctx, n_vocab=model.n_vocab)
         vector = None
         if steering:
@@ -106,12 +110,18 @@ class Engine:
         """Whether runs that read no attention patterns use fused attention."""
         return self._flash
 
-    def session_for(self, sites: set[Site], *, n_cells: int, n_sequences: int) -> Session:
-        """A session that can edit and capture at `sites`. Attention patterns are nodes only
-        if attention is not fused; without sites there is no callback."""
+    def session_for(
+        self, sites: set[Site], jobs: Sequence[Job], *, n_cells: int, n_sequences: int
+    ) -> Session:
+        """A session for these jobs that can edit and capture at `sites`. Attention patterns are
+        nodes only if attention is not fused; without sites there is no callback."""
         flash = self._flash and not any(site.name in BY_KEY for site in sites)
         return self.sessions.get(
-            callback=bool(sites), flash=flash, n_cells=n_cells, n_sequences=n_sequences
+            callback=bool(sites),
+            flash=flash,
+            n_cells=n_cells,
+            n_sequences=n_sequences,
+            stops=stops_at_inputs(jobs, self._model.n_layer),
         )
 
     def budget(self, jobs: Sequence[Job]) -> int:
@@ -175,8 +185,11 @@ class _Task:
         """Steps 3 to 5. `share`: whether jobs may have rows in common."""
         # 3. A context that is large enough, and whether the jobs fit its graph.
         budget = self._engine.budget(jobs)
-        n_sequences = limits.MAX_SEQUENCES if share and len(jobs) > 1 else 1
-        session = self._engine.session_for(self._sites, n_cells=budget, n_sequences=n_sequences)
+        n_vocab = self._engine._model.n_vocab
+        n_sequences = limits.sequences(len(jobs), n_vocab) if share else 1
+        session = self._engine.session_for(
+            self._sites, jobs, n_cells=budget, n_sequences=n_sequences
+        )
         context = session.context
         output_sites: set[Site] = set()
         if self._sites:
@@ -184,18 +197,26 @@ class _Task:
             nodes = session.topology.sites
             output_sites = {s for s in self._sites if s in nodes and nodes[s].outputs_only}
         # 4. The plan: which rows are decoded once, and which segments may skip blocks.
-        segments = build(
-            jobs,
-            share=share,
-            n_layer=context.model.n_layer,
-            n_ubatch=context.params.n_ubatch,
-            n_sequences=n_sequences,
-            skip_blocks=any(job.edits for job in jobs) and session.topology.has_residuals,
-            output_sites=output_sites,
-        )
-        if len(jobs) > 1 and any(s.sequences > n_sequences for s in segments):
-            middle = len(jobs) // 2  # too many forks of forks for one run
-            return [*self.run(jobs[:middle], share=True), *self.run(jobs[middle:], share=True)]
+        has_residuals = any(job.edits for job in jobs) and session.topology.has_residuals
+        for skip_blocks in (True, False) if has_residuals else (False,):
+            segments = build(
+                jobs,
+                share=share,
+                n_layer=context.model.n_layer,
+                n_ubatch=context.params.n_ubatch,
+                skip_blocks=skip_blocks,
+                has_window=context.model.has_window,
+                output_sites=output_sites,
+            )
+            if all(s.sequences <= n_sequences for s in segments):
+                break
+        else:
+            if len(jobs) > 1:
+                middle = len(jobs) // 2  # too many forks of forks for one run
+                return [
+                    *self.run(jobs[:middle], share=True),
+                    *self.run(jobs[middle:], share=True),
+                ]
         # 5. The runner decodes segment after segment; the answers fill.
         runner = Runner(session, jobs, budget=budget, n_sequences=n_sequences, on_done=self._count)
         context.set_control_vector(self._vector)
@@ -208,7 +229,7 @@ class _Task:
         except BaseException as err:
             context.clear(data=True)  # see finite.py
             if isinstance(err, MiaError) and len(jobs) > 1:
-                apart = [job for job in jobs if may_hide(job)]
+                apart = [job for job in jobs if may_spoil(job)]
             if not apart:
                 raise
         finally:
@@ -219,7 +240,7 @@ class _Task:
         return [answer.result for answer in runner.answers.values()]
 
     def _run_apart(self, jobs: Sequence[Job], apart: Sequence[Job]) -> list[Result]:
-        """Runs some jobs by themselves: what an edit of theirs hides may have spoilt the others."""
+        """Runs some jobs by themselves: what their edits left unseen may have spoilt the others."""
         rest = [job for job in jobs if job not in apart]
         results = dict(zip(rest, self.run(rest, share=True), strict=True)) if rest else {}
         results.update((job, self.run([job], share=True)[0]) for job in apart)

@@ -14,12 +14,12 @@ import numpy as np
 
 from mia.engine import limits
 from mia.engine.answers import Answer, Buffer
-from mia.engine.batch import Batch, Span, of_generations, of_spans
+from mia.engine.batch import Batch, Span, best_rows, of_generations, of_spans
 from mia.engine.cells import Branch, Ledger
 from mia.engine.decode import Decoder
 from mia.engine.generation import Generation
 from mia.engine.jobs import Job, Read, sites_of_edits
-from mia.engine.segments import Output, Segment
+from mia.engine.segments import Output, Segment, Twin, walk
 from mia.engine.session import Session
 from mia.errors import EngineError
 
@@ -38,7 +38,12 @@ class Runner:
     ):
         """`budget`: cells to run in; `on_done` is called when a job has its result."""
         self.context = session.context
-        self.ledger = Ledger(self.context, budget=budget, n_sequences=n_sequences)
+        self.ledger = Ledger(
+            self.context,
+            budget=budget,
+            n_sequences=n_sequences,
+            has_window=self.context.model.has_window,
+        )
         self.answers = {job: Answer(job) for job in jobs}
         self.buffers: dict[Read, Buffer] = {
             buffer.read: buffer for answer in self.answers.values() for buffer in answer.buffers
@@ -59,7 +64,7 @@ class Runner:
         self._partial: list[Span] = []
         self._branches: dict[Segment, Branch] = {}
         #: twin -> how many segments have yet to start from its residuals
-        self._readers: dict[Segment, int] = {}
+        self._readers: dict[Twin, int] = {}
         #: generations that have their first token but no sequence yet, and those that go on
         self.waiting: list[Generation] = []
         self.generating: list[Generation] = []
@@ -68,6 +73,9 @@ class Runner:
         """Runs all segments, depth first, so that few cells are held at a time."""
         self.context.clear()
         self._stack = [s for s in reversed(tops) if s.twin is None]
+        for twin in (twin for segment in walk(tops) for twin in segment.twins):
+            self.buffers[twin.saved] = Buffer(twin.saved)
+            self._readers[twin] = len(twin.resumed)
         while self._stack or self._partial or self.generating or self.waiting:
             spans = self._next_spans()
             self._admit_generations()
@@ -88,18 +96,22 @@ class Runner:
 
     def _next_spans(self) -> list[Span]:
         """The parts of segments for one decode; none if there is no room for any."""
+        # what is left of a segment goes first: it may hold the cells that resumed ones need
         if self._stack and self._stack[-1].first_block and not self._partial:
             return self._resumed_spans()
         spans: list[Span] = []
         held: list[Span] = []
         n_rows = n_outputs = 0
         unembed: bool | None = None  # whether logits are read of the batch's outputs
-        while n_rows < self._max_rows and n_outputs < self._max_outputs:
-            rest = self._partial.pop() if self._partial else self._admit_next()
+        max_rows = self._rows_for_decode()
+        while n_rows < max_rows and n_outputs < self._max_outputs:
+            rest = self._admit_heir(spans[-1]) if spans else None
+            if rest is None:
+                rest = self._partial.pop() if self._partial else self._admit_next()
             if rest is None:
                 break
             segment, end = rest.branch.segment, rest.first
-            while end < rest.end and n_rows < self._max_rows and n_outputs < self._max_outputs:
+            while end < rest.end and n_rows < max_rows and n_outputs < self._max_outputs:
                 output = segment.rows[end].output
                 if output is not Output.NONE:
                     logits = output is Output.LOGITS or not segment.states_apart
@@ -124,17 +136,25 @@ class Runner:
             return None
         return self._admit(self._stack.pop())
 
+    def _admit_heir(self, span: Span) -> Span | None:
+        """All rows of the segment that goes on where a span ends, if there is room."""
+        segment = span.branch.segment
+        heir = segment.heir
+        if heir is None or span.end < len(segment.rows) or heir in self._branches:
+            return None
+        goes_on = self.ledger.may_borrow(span.branch) and self._has_room(heir)
+        return self._admit(heir) if goes_on else None
+
     def _resumed_spans(self) -> list[Span]:
         """Resumed segments lie together on the stack, those with the lowest block on top. Each is
         decoded as a whole: a second batch would need the keys that the first has skipped."""
         spans: list[Span] = []
         n_rows = n_outputs = 0
+        max_rows = self._rows_for_decode()
         while self._stack and self._stack[-1].first_block:
             segment = self._stack[-1]
             n_out = sum(row.output is not Output.NONE for row in segment.rows)
-            full = (
-                n_rows + len(segment.rows) > self._max_rows or n_outputs + n_out > self._max_outputs
-            )
+            full = n_rows + len(segment.rows) > max_rows or n_outputs + n_out > self._max_outputs
             block_ends = (
                 n_rows >= limits.RESUMED_ROWS
                 and segment.first_block > spans[-1].branch.segment.first_block
@@ -144,6 +164,15 @@ class Runner:
             spans.append(self._admit(self._stack.pop()))
             n_rows, n_outputs = n_rows + len(segment.rows), n_outputs + n_out
         return spans
+
+    def _rows_for_decode(self) -> int:
+        """How many rows the next decode should have, at most."""
+        context = self.context
+        if context.params.flash or context.model.recurrent:
+            return self._max_rows
+        # of what is left of segments the cells are booked, not used
+        n_used = self.ledger.booked - sum(rest.end - rest.first for rest in self._partial)
+        return best_rows(n_used, context.model.n_embd, self._max_rows)
 
     def _bring_up(self) -> bool:
         """Puts a segment for which there is room on top of the stack.
@@ -166,9 +195,6 @@ class Runner:
     def _admit(self, segment: Segment) -> Span:
         branch = self.ledger.admit(segment, self._parent(segment))
         self._branches[segment] = branch
-        if segment.saved is not None:
-            self.buffers[segment.saved] = Buffer(segment.saved)
-            self._readers[segment] = len(segment.resumed)
         return Span(branch, 0, len(segment.rows))
 
     # -- what follows from it ----------------------------------------------------------
@@ -188,14 +214,15 @@ class Runner:
                 self._partial.append(Span(branch, span.end, len(segment.rows)))
                 continue
             self._start_generations(branch, b)
-            ready += segment.resumed
-            ready += [c for c in segment.children if c.twin is None]
+            for twin in segment.twins:
+                ready += twin.resumed
+            ready += [c for c in segment.children if c.twin is None and c not in self._branches]
             self._close(branch)
         self._push(ready)
 
     def _push(self, ready: Sequence[Segment]) -> None:
-        """Puts segments on the stack: on top those that need few sequences (see
-        `plan._sequences`), then resumed ones, the lowest first block on top."""
+        """Puts segments on the stack: on top those that run whole, the ones that need few sequences
+        first; then resumed ones, the lowest first block on top."""
         if resumed := [s for s in ready if s.first_block]:
             n = len(self._stack)
             while n and self._stack[n - 1].first_block:
@@ -210,11 +237,10 @@ class Runner:
             for job, i in row.logits:
                 self.answers[job].put_logits(i, self._decoder.logits(b))
 
-    def _let_go(self, twin: Segment) -> None:
+    def _let_go(self, twin: Twin) -> None:
         """Forgets a twin's residuals when the last segment that starts from them has run."""
         self._readers[twin] -= 1
         if not self._readers[twin]:
-            assert twin.saved is not None
             del self._readers[twin], self.buffers[twin.saved]
 
     def _close(self, branch: Branch) -> None:

@@ -2,7 +2,8 @@
 
 A `Row` is one token at one position after one history. Two requests share a row if everything
 before and at it is the same, tokens and edits. So the rows of all requests form a trie; a chain
-of it without a fork is a `Segment`, and each segment is decoded once.
+of it without a fork is a `Segment`, and each segment is decoded once. A segment and its `heir`, the
+heir's heir and so on are a *line*: one sequence, decoded in one batch as far as it holds them.
 """
 
 from __future__ import annotations
@@ -74,39 +75,64 @@ class Row:
         return out
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
+class Twin:
+    """An unedited run from whose residuals other segments start.
+
+    Attributes:
+        rows: from the first position at which any of them starts to the end of the prompt.
+        saved: what is read of them: the residuals that the others start from.
+        resumed: the segments that start from it.
+    """
+
+    rows: list[Row]
+    saved: Read
+    resumed: list[Segment] = field(default_factory=list)
+
+
+@dataclass(eq=False, repr=False)
 class Segment:
     """A chain of rows without a fork.
 
     Attributes:
         rows, parent, children: its place in the tree.
+        heir: the child that goes on in the same batch and sequence, if there is room for it.
         jobs: requests that end with its last row.
         first_block: the first block to run; 0 for all. Above 0 the segment is *resumed*.
-        twin: for a resumed segment, the unedited one whose residuals it starts from.
-        resumed: for a twin, the segments that start from it.
-        saved: for a twin, the residuals that they start from.
+        twin: for a resumed segment, the unedited run that it starts from.
+        twins: those that end with its last row.
         path_cells: cells that the deepest path through it takes, its own included.
         generation_cells: cells reserved for what its jobs generate, one job at a time.
         sequences: how many it takes to run the tree under it to its end.
+        n_blocks: how many of the model's first blocks are needed here or by what comes after it.
         states_apart: whether its `Output.STATES` rows are decoded apart from its others.
     """
 
     rows: list[Row]
     parent: Segment | None
     children: list[Segment] = field(default_factory=list)
+    heir: Segment | None = None
     jobs: list[Job] = field(default_factory=list)
     first_block: int = 0
-    twin: Segment | None = None
-    resumed: list[Segment] = field(default_factory=list)
-    saved: Read | None = None
+    twin: Twin | None = None
+    twins: list[Twin] = field(default_factory=list)
     path_cells: int = 0
     generation_cells: int = 0
     sequences: int = 1
+    n_blocks: int = 0
     states_apart: bool = False
 
     @property
     def generating(self) -> list[Job]:
         return [job for job in self.jobs if job.generates]
+
+    @property
+    def line(self) -> Iterator[Segment]:
+        """Itself, its heir, the heir's heir and so on."""
+        segment: Segment | None = self
+        while segment is not None:
+            yield segment
+            segment = segment.heir
 
 
 def walk(segments: Iterable[Segment]) -> Iterator[Segment]:

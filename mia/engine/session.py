@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mia.engine import limits
 from mia.engine.graph import SiteNode, Topology
+from mia.engine.kept import Kept
+from mia.engine.nodes import without_copies
 from mia.errors import SiteError
-from mia.llama import Context, ContextParams, LlamaModel, describe
+from mia.llama import Context, ContextParams, LlamaModel, describe, is_output
 from mia.sites import Site
 
 #: graphs that a session remembers: llama.cpp has a handful, at addresses that change now and then
@@ -19,18 +21,24 @@ _SESSIONS = 2
 
 @dataclass(slots=True, eq=False)
 class Variant:
-    """A topology at the addresses where it was last seen."""
+    """A topology at the addresses where it was last seen.
+
+    `lasting`: indices of the nodes whose numbers stay until the next decode."""
 
     addrs: list[int]
     topology: Topology
+    lasting: frozenset[int] = frozenset()
 
 
 class Session:
     """A context together with what is known of its graphs."""
 
-    def __init__(self, context: Context, refused: Mapping[Site, str]):
-        """`refused`: sites that are not what they say, and why."""
+    def __init__(self, context: Context, refused: Mapping[Site, str], kept: Kept | None = None):
+        """`refused`: sites that are not what they say, and why; `kept`: what is known of blocks'
+        inputs that are to be kept."""
         self.context, self._refused = context, refused
+        self.kept = kept or Kept()
+        self.kept.begin(context)
         #: whether the last run may have left numbers that are not finite (see finite.py)
         self.unread_edits = False
         #: the graph that is expected first
@@ -47,11 +55,22 @@ class Session:
 
     def _scout(self) -> None:
         """Shows the tracer both graphs, by decodes of two tokens that compute nothing."""
+        assert self.context.tracer is not None
         for with_outputs in (False, True):
             self.turn_to(with_outputs)
+            self.context.tracer.expect((), {}, (), lambda index, addr: None)
             self.context.decode([0, 0], [0, 1], [0, 0], [with_outputs] * 2)
             self.learn(2)
             self.context.clear()
+
+    def keep_inputs(self) -> None:
+        """Keeps the inputs of blocks at which runs have stopped often (see kept.py)."""
+        if self.kept.grow(self.context):
+            for variant in self.variants:
+                variant.addrs = []  # the topologies are the same, at new addresses
+            self._scout()
+            self.variants = [variant for variant in self.variants if variant.addrs]
+            self.turn_to(True)
 
     def turn_to(self, with_outputs: bool) -> None:
         """Expects the graph that was last seen for batches with, or without, outputs: llama.cpp
@@ -67,12 +86,13 @@ class Session:
         addrs = list(self.context.tracer.seen)
         variant = next((v for v in self.variants if v.addrs == addrs), None)
         if variant is None:
-            variant = Variant(addrs, self._topology_of(addrs, n_tokens))
+            topology = self._topology_of(addrs, n_tokens)
+            variant = Variant(addrs, topology, _lasting(addrs, topology))
         self._last[self._with_outputs] = variant
         self._put_first(variant)
 
     def _topology_of(self, addrs: list[int], n_tokens: int) -> Topology:
-        nodes = [describe(a) for a in addrs]
+        nodes = without_copies([describe(a) for a in addrs])
         for variant in self.variants:
             if variant.topology.same_as(nodes):
                 return variant.topology
@@ -112,6 +132,15 @@ class Session:
         self.context.close()
 
 
+def _lasting(addrs: Sequence[int], topology: Topology) -> frozenset[int]:
+    """Outputs of the graph that no other node looks at or changes in place."""
+    outputs = (i for i, addr in enumerate(addrs) if is_output(addr))
+    viewed = {n.view_src for n in topology.nodes}
+    return frozenset(
+        i for i in outputs if not (n := topology.nodes[i]).view_src and n.addr not in viewed
+    )
+
+
 class Sessions:
     """The open sessions of one model, by whether they have a callback and use fused attention."""
 
@@ -122,12 +151,22 @@ class Sessions:
         self.open: dict[tuple[bool, bool], Session] = {}
 
     def get(
-        self, *, callback: bool, flash: bool, n_cells: int = 1, n_sequences: int = 1
+        self,
+        *,
+        callback: bool,
+        flash: bool,
+        n_cells: int = 1,
+        n_sequences: int = 1,
+        stops: Mapping[int, int] | None = None,
     ) -> Session:
-        """A session that is large enough; kept between runs, grown when it must be."""
+        """A session that is large enough; kept between runs, grown when it must be.
+
+        `stops`: at how many decodes the coming run captures the inputs of blocks."""
         key = callback, flash
         n_ctx = -(-n_cells // 256) * 256
         session = self.open.pop(key, None)
+        kept = Kept() if session is None else session.kept
+        kept.note(stops or {})
         if session is not None:
             params = session.context.params
             if params.n_ctx < n_ctx or params.n_seq < n_sequences:
@@ -146,8 +185,13 @@ class Sessions:
                 threads=self._threads,
                 callback=callback,
             )
-            session = Session(Context(self._model, params), self._refused)
+            session = Session(Context(self._model, params), self._refused, kept)
         self.open[key] = session
+        try:
+            session.keep_inputs()
+        except BaseException:  # Ctrl-C too: what it knows of its graphs is no longer so
+            self.open.pop(key).close()
+            raise
         session.turn_to(True)  # the graph that has every site is the one that is asked
         return session
 

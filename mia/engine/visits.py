@@ -7,12 +7,15 @@ edit that many rows share is one numpy operation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import numpy as np
 
 from mia.arrays import Array, IntArray
 from mia.edits import Edit, as_slice
+from mia.engine import limits
 from mia.engine.answers import Buffer
 from mia.engine.batch import Span
 from mia.engine.experts import check_router, edit_weights, weights_by_expert
@@ -48,12 +51,36 @@ class Visits:
         self._output_index = output_index
         self.rows = rows
         self.actions: dict[int, list[Action]] = {}
+        #: indices of nodes that are only read, and stay as they are until the next decode
+        self.later: set[int] = set()
+        #: for nodes that are only read, and small: where a copy may go, (n_rows, width)
+        self.copies: dict[int, Array] = {}
+        self._captures: dict[int, list[_Capture]] = {}
+        #: of those, where the graph stopped for us all the same
+        self._visited: set[int] = set()
         self._targets: list[_Target] = []
         self._patterns = Patterns(session, rows) if track_cells else None
 
     def visit(self, index: int, addr: int) -> None:
+        self._visited.add(index)
         for action in self.actions[index]:
             action(addr)
+
+    @property
+    def stops(self) -> dict[int, list[Action]]:
+        """`actions` at the nodes at which the graph has to stop."""
+        return {i: actions for i, actions in self.actions.items() if i not in self.later}
+
+    def read_later(self) -> None:
+        """Behind the decode: the captures at which the graph did not stop for us."""
+        addrs = self._session.variants[0].addrs
+        for index, rows in self.copies.items():
+            if index not in self._visited:
+                for capture in self._captures[index]:
+                    capture.put(rows)
+        for index in self.later:
+            self.visit(index, addrs[index])
+        self._visited.clear()
 
     def go_on(self, rows: Sequence[Row]) -> None:
         """The same again for the next token of every row, all of them generated: the same edits,
@@ -79,8 +106,9 @@ class Visits:
 
     def _twin_residuals(self, span: Span, site: Site) -> Array:
         twin = span.branch.segment.twin
-        assert twin is not None and twin.saved is not None
-        return self._buffers[twin.saved].arrays[site][span.first : span.end]
+        assert twin is not None
+        first = span.rows[0].pos - twin.rows[0].pos
+        return self._buffers[twin.saved].arrays[site][first : first + span.end - span.first]
 
     def gather(self) -> None:
         """Notes the edits and captures of all rows, edits first: captures see what they leave."""
@@ -100,8 +128,26 @@ class Visits:
                 self._on(index, action)
         for (_, edit), (batch_rows, value_rows) in sorted(edits.items(), key=lambda e: e[0][0]):
             self._add_edit(edit, np.asarray(batch_rows), np.asarray(value_rows))
+        changed = set(self.actions)
         for read, (batch_rows, buffer_rows) in reads.items():
             self._add_read(self._buffers[read], np.asarray(batch_rows), _Target(buffer_rows))
+        unchanged = self.actions.keys() - changed
+        self.later = unchanged & self._session.variants[0].lasting
+        self._make_copies(unchanged - self.later)
+
+    def _make_copies(self, unchanged: set[int]) -> None:
+        """Room for what compiled code copies in place of calling Python."""
+        n_outputs = int(self._output_index[-1]) + 1
+        for index in unchanged:
+            actions = self.actions[index]
+            captures = [a for a in actions if isinstance(a, _Capture) and a.node.layout != "chosen"]
+            if len(captures) < len(actions):
+                continue
+            node = captures[0].node
+            shape = n_outputs if node.outputs_only else len(self.rows), prod(node.shape)
+            if 4 * prod(shape) <= limits.COPIED_BYTES:
+                self.copies[index] = np.empty(shape, np.float32)
+                self._captures[index] = captures
 
     def _on(self, index: int, action: Action) -> None:
         self.actions.setdefault(index, []).append(action)
@@ -129,7 +175,7 @@ class Visits:
                 action: Action = partial(self._capture_pattern, buffer, site, batch_rows, target)
             else:
                 node_rows = output_rows if node.outputs_only else rows
-                action = partial(_capture, self._session, buffer, site, node, node_rows, target)
+                action = _Capture(self._session, buffer, site, node, node_rows, target)
             self._on(node.index, action)
 
     def _capture_pattern(
@@ -153,6 +199,29 @@ class _Target:
     def shift(self) -> None:
         self.rows = self.rows + 1
         self.index = as_slice(self.rows)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Capture:
+    """Rows of a node that go into an array."""
+
+    session: Session
+    buffer: Buffer
+    site: Site
+    node: SiteNode
+    rows: IntArray | slice
+    target: _Target
+
+    def __call__(self, addr: int) -> None:
+        if self.node.layout == "chosen":
+            self.put(weights_by_expert(self.session, self.node, addr))
+            return
+        a = host_array(addr)
+        self.put(_shaped(read_array(addr) if a is None else a, self.node, False))
+
+    def put(self, rows: Array) -> None:
+        """`rows`: all that the node has, (n_rows, width)."""
+        self.buffer.array(self.site, rows.shape[1:])[self.target.index] = rows[self.rows]
 
 
 def _edit(
@@ -189,23 +258,6 @@ def _edit_weights(
         check_edited(rows[as_slice(node_rows)], site)
 
     edit_weights(session, node, addr, change)
-
-
-def _capture(
-    session: Session,
-    buffer: Buffer,
-    site: Site,
-    node: SiteNode,
-    node_rows: IntArray | slice,
-    target: _Target,
-    addr: int,
-) -> None:
-    if node.layout == "chosen":
-        rows = weights_by_expert(session, node, addr)
-    else:
-        a = host_array(addr)
-        rows = _shaped(read_array(addr) if a is None else a, node, False)
-    buffer.array(site, rows.shape[1:])[target.index] = rows[node_rows]
 
 
 def _shaped(a: Array, node: SiteNode, by_head: bool) -> Array:

@@ -37,6 +37,10 @@ class ModelFacts:
     n_head_kv: int
     #: the file as it was opened; by default whatever has the path
     file: OpenFile | None = field(default=None, compare=False, repr=False)
+    #: the type that its weights were opened as, "" for the file's own
+    as_type: str = ""
+    #: what of its weights that loses, or why it is not the type that was asked for
+    as_type_note: str = ""
 
     @cached_property
     def sha256(self) -> str:
@@ -51,8 +55,13 @@ class ModelFacts:
             "architecture": self.architecture,
             "n_layer": self.n_layer,
             "n_embd": self.n_embd,
+            **self._as_type(),
             **versions(),
         }
+
+    def _as_type(self) -> dict[str, str]:
+        known = {"as_type": self.as_type, "as_type_note": self.as_type_note}
+        return {k: v for k, v in known.items() if v}
 
     def metadata(self) -> dict[str, str]:
         """The same for a file's metadata, as strings."""
@@ -66,6 +75,7 @@ class ModelFacts:
             "n_embd": str(self.n_embd),
             "n_head": str(self.n_head),
             "n_head_kv": str(self.n_head_kv),
+            **self._as_type(),
         }
 
 
@@ -108,7 +118,7 @@ def warn_of_other_model(sources: Iterable[Mapping[str, str]], name: str, facts: 
     others = [
         s.get("model", "unknown")
         for s in sources
-        if s.get("model_sha256", facts.sha256) != facts.sha256
+        if "model_sha256" in s and s["model_sha256"] != facts.sha256
     ]
     for other in dict.fromkeys(others):
         notice(f"{name} was made with another model, {other}")
@@ -149,20 +159,23 @@ def warn_of_other_task(metadata: Mapping[str, str], name: str, facts: Mapping[st
 
 
 def opened(model: Model) -> dict[str, Any]:
-    """What the document of a run says of the model that it opened."""
+    """What the document of a run says of the model that it opened. The hash is a function: of a
+    large file it takes longer than opening it."""
+    facts = model.facts
     return {
         "name": model.name,
-        "sha256": model.file_hash,
+        "sha256": lambda: facts.sha256,
         "file_type": model.metadata.get("general.file_type"),
         "kv_type": model.kv_type,
         "ctx": model.n_ctx,
         "threads": model.threads,
+        **({} if model.copy is None else {"as_type": model.copy.type}),
     }
 
 
-def setup() -> dict[str, Any]:
+def setup(model: Model) -> dict[str, Any]:
     """What may change the last digits of a result: versions, the build of llama.cpp, whether its
-    extra weight buffers are on, the processor."""
+    extra weight buffers are on, the processor, the RPC servers if there are some."""
     from mia.llama.probe import extra_buffers_safe, processor_name
 
     return {
@@ -170,6 +183,7 @@ def setup() -> dict[str, Any]:
         "build": _build(),
         "extra_buffers": extra_buffers_safe(),
         "processor": processor_name(),
+        **({"rpc": model.rpc} if model.rpc else {}),
     }
 
 

@@ -36,7 +36,8 @@ class Run:
         arguments: its options and arguments as they were parsed, by name.
         files: SHA-256 of each file that it read, by its path as it was given.
         stdin: what it read there, None if it did not.
-        model: name, SHA-256 and type of the weights of the model that it opened, and how.
+        model: name, SHA-256 and type of the weights of the model that it opened, and how. What takes
+            long is a function, which the document calls when the work is done.
         setup: the versions and the build of the library, the processor.
     """
 
@@ -56,7 +57,7 @@ class Run:
             "arguments": self.arguments,
             **({"files": self.files} if self.files else {}),
             **({} if self.stdin is None else {"stdin": self.stdin}),
-            **({} if self.model is None else {"model": self.model}),
+            **({} if self.model is None else {"model": _called(self.model)}),
             "setup": self.setup or {"mia": __version__},
         }
 
@@ -128,12 +129,19 @@ class Replay(Run):
             raise ModelError(text)
         self.notices.append(text)
 
+    def opened(self, model: dict[str, Any], setup: dict[str, Any]) -> None:
+        super().opened(_called(model), setup)
+
     def imports(self, function: str) -> None:
         if not self.trust:
             raise UsageError(
                 f"the result names a function of its maker, {function!r}: it is imported only if "
                 "the result is trusted"
             )
+
+
+def _called(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v() if callable(v) else v for k, v in facts.items()}
 
 
 _run: ContextVar[Run | None] = ContextVar("run", default=None)

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from mia.llama.weights import Weights
 
 
-#: floats of scores held at a time
-_BLOCK = 4 << 20
+#: floats of scores held at a time, and of the unembedding
+_BLOCK, _MATRIX_BLOCK = 4 << 20, 4 << 20
 #: rows that go through the vocabulary together
 _ROWS = 4096
 
@@ -210,7 +210,7 @@ class LogitLens:
 
     def _blocks(self, x: Array) -> Iterator[tuple[int, int, Array]]:
         """Yields (first token, last token + 1, scores (n, block)); the scores are reused."""
-        size = int(np.clip(_BLOCK // max(len(x), 1), 512, 16384))
+        size = max(min(max(_BLOCK // max(len(x), 1), 512), _MATRIX_BLOCK // self.n_embd), 1)
         for start in range(0, self.n_vocab, size):
             stop = min(start + size, self.n_vocab)
             scores = x @ self._weights.rows(self._matrix, start, stop).T

@@ -23,19 +23,29 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.floating[Any]]
 
+#: floats of a matrix that are in memory at a time
+_BLOCK = 4 << 20
 #: operations that keep the numbers: another shape, or some of the rows
 _SAME_NUMBERS = ("RESHAPE", "VIEW", "CONT", "GET_ROWS")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Product:
-    """Times a matrix of the file: (n, n_in) -> (n, n_out). The matrix is read at each call."""
+    """Times a matrix of the file: (n, n_in) -> (n, n_out). The matrix is read at each call, in blocks
+    of rows."""
 
     weights: Weights
     name: str
 
     def __call__(self, x: Array) -> Array:
-        return x @ self.weights.matrix(self.name).T.astype(x.dtype)
+        n_out, n_in = self.weights.shape(self.name)
+        out = np.empty((*x.shape[:-1], n_out), x.dtype)
+        size = max(_BLOCK // n_in, 1)
+        for start in range(0, n_out, size):
+            stop = min(start + size, n_out)
+            rows = self.weights.rows(self.name, start, stop)
+            out[..., start:stop] = x @ rows.T.astype(x.dtype, copy=False)
+        return out
 
 
 @dataclass(frozen=True, eq=False, slots=True)

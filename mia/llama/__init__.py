@@ -19,11 +19,12 @@ if TYPE_CHECKING:
         file_strings,
         file_tensors,
         type_bytes,
+        type_name,
     )
-    from mia.llama.library import library_info
+    from mia.llama.library import give_back_memory, library_info
     from mia.llama.model import LlamaModel
     from mia.llama.sampler import Sampler
-    from mia.llama.tensors import Node, describe, host_array, read_array, rows_of
+    from mia.llama.tensors import Node, describe, host_array, is_output, read_array, rows_of
     from mia.llama.tracer import Tracer
 
 #: name -> its module
@@ -42,11 +43,14 @@ _MODULES = {
     "describe": "tensors",
     "file_strings": "gguf_tensors",
     "file_tensors": "gguf_tensors",
+    "give_back_memory": "library",
     "host_array": "tensors",
+    "is_output": "tensors",
     "library_info": "library",
     "read_array": "tensors",
     "rows_of": "tensors",
     "type_bytes": "gguf_tensors",
+    "type_name": "gguf_tensors",
 }
 __all__ = [
     "CACHE_TYPES",
@@ -63,11 +67,14 @@ __all__ = [
     "describe",
     "file_strings",
     "file_tensors",
+    "give_back_memory",
     "host_array",
+    "is_output",
     "library_info",
     "read_array",
     "rows_of",
     "type_bytes",
+    "type_name",
 ]
 
 

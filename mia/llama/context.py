@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes as C
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from mia.arrays import Array
 from mia.errors import EngineError, UsageError
 from mia.llama.c_numbers import MAX_THREADS, UINT32, c_int
+from mia.llama.layer_inputs import can_keep_inputs, keep_function
 from mia.llama.lifetime import Owned
 from mia.llama.model import LlamaModel
 from mia.llama.tensors import array_at, forget_arrays
@@ -63,7 +64,9 @@ class Context:
             model.handle,
             p,
             threads=params.threads,
-            wrap=lambda handle: Owned(self.lib, handle, _free(L), model.owned) if handle else None,
+            wrap=lambda handle: (
+                Owned(self.lib, handle, _free(model), model.owned) if handle else None
+            ),
         )
         if self._owned is None:
             why = self.lib.last_error()
@@ -127,6 +130,25 @@ class Context:
 
     def seq_rm(self, seq: int, start: int = 0) -> bool:
         return bool(self.lib.L.llama_memory_seq_rm(self.memory, seq, start, -1))
+
+    def keep_inputs(self, blocks: Iterable[int], *, trusted: bool = False) -> bool:
+        """From now on the inputs of these blocks stay where they are until the next decode; the nodes
+        are those for which `is_output` says so. llama.cpp plans its buffers anew.
+
+        Args:
+            trusted: not to ask whether it is safe (see layer_inputs.py).
+
+        Returns:
+            False if this model or library cannot do that: nothing was done.
+        """
+        if not trusted and not can_keep_inputs(self.model):
+            return False
+        keep = keep_function()
+        for block in blocks:
+            self.lib.call(
+                keep, self.handle, c_int(block, "a block", 0, self.model.n_layer - 1), True
+            )
+        return True
 
     def set_control_vector(self, directions: Array | None) -> None:
         """`directions`: (n_layer - 1, n_embd), added at the end of blocks 1 …; None takes it off.
@@ -220,9 +242,13 @@ class Context:
         return array
 
 
-def _free(L: Any) -> Callable[[Any], None]:
+def _free(model: LlamaModel) -> Callable[[Any], None]:
+    lib, remote = model.lib, bool(model.rpc)
+
     def free(handle: Any) -> None:
-        L.llama_free(handle)
+        if remote and lib.exiting:  # see LlamaModel
+            return
+        lib.L.llama_free(handle)
         forget_arrays()
 
     return free

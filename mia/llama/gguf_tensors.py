@@ -64,6 +64,11 @@ def dequantize(source: int, ggml_type: int, n_rows: int, n_in: int) -> Array:
     return out
 
 
+def type_name(ggml_type: int) -> str:
+    """What a ggml type is called: "f16", "q4_1"."""
+    return str(library().base.ggml_get_type_traits(ggml_type).contents.type_name.decode())
+
+
 def type_bytes(ggml_type: int, n: int) -> int:
     """Bytes that `n` values of a ggml type take."""
     traits = library().base.ggml_get_type_traits(ggml_type).contents

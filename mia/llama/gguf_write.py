@@ -17,7 +17,16 @@ import numpy.typing as npt
 
 from mia.io.files import as_utf8, write_whole
 
-Value = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
+Value = (
+    str
+    | bool
+    | int
+    | float
+    | Sequence[str]
+    | Sequence[int]
+    | Sequence[float]
+    | npt.NDArray[np.int32]
+)
 
 _ALIGNMENT = 32
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64, _I64 = 4, 5, 6, 7, 8, 9, 10, 11
@@ -30,12 +39,20 @@ class RawTensor:
     Attributes:
         ggml_type: the type's number (0 is F32).
         shape: numpy's order: a matrix is (n_out, n_in).
-        data: its blocks.
+        data: its blocks, in one piece or in several.
     """
 
     ggml_type: int
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes | Sequence[bytes | memoryview]
+
+    @property
+    def pieces(self) -> Sequence[bytes | memoryview]:
+        return [self.data] if isinstance(self.data, bytes) else self.data
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(map(len, self.pieces))
 
 
 def write_gguf(
@@ -45,7 +62,8 @@ def write_gguf(
 ) -> None:
     """Writes a whole file or none. Arrays are stored as float32.
 
-    Integers are written as uint32 if they fit, else as int32 or 64 bits wide.
+    Integers are written as uint32 if they fit, else as int32 or 64 bits wide; arrays of numpy's as
+    int32.
 
     Raises:
         FileError: the file cannot be written.
@@ -59,14 +77,14 @@ def write_gguf(
         ne = t.shape[::-1]
         head.append(_text(name) + struct.pack(f"<I{len(ne)}Q", len(ne), *ne))
         head.append(struct.pack("<IQ", t.ggml_type, offset))
-        offset += len(t.data) + _padding(len(t.data))
+        offset += t.n_bytes + _padding(t.n_bytes)
     joined = b"".join(head)
 
     def write(p: Path) -> None:
         with p.open("wb") as f:
             f.write(joined + bytes(_padding(len(joined))))
             for t in raw.values():
-                f.write(t.data + bytes(_padding(len(t.data))))
+                f.writelines([*t.pieces, bytes(_padding(t.n_bytes))])
 
     write_whole(path, write)
 
@@ -87,6 +105,8 @@ def _text(text: str) -> bytes:
 def _value(value: Value) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value)
+    if isinstance(value, np.ndarray):
+        return struct.pack("<IIQ", _ARRAY, _I32, len(value)) + value.astype("<i4").tobytes()
     if isinstance(value, Sequence):
         items = [_value(v) for v in value]
         kinds = {i[:4] for i in items} or {struct.pack("<I", _STRING)}

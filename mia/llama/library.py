@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as C
 import os
+import re
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -57,7 +58,12 @@ class GgufParams(C.Structure):
 
 #: `enum ggml_log_level` of ggml.h
 _LOG_ERROR, _LOG_CONTINUED = 4, 5
+#: what llama.cpp logs of each buffer that a model's weights lie in: "load_tensors: CPU_REPACK model buffer
+#: size = 12.34 MiB"
+_BUFFER = re.compile(rb"(\S+) +model buffer size = +([\d.]+) MiB")
 _MESSAGES = 8
+#: `enum ggml_backend_dev_type` of ggml-backend.h: a GPU with memory of its own, or the host's
+GPUS = 1, 2
 
 
 class Library:
@@ -91,6 +97,8 @@ class Library:
         self._check_layout()
         self._messages: list[str] = []
         self._log_goes_on = False
+        #: bytes of the weights of the model that was loaded last, by the name of the buffer
+        self.weight_buffers: dict[str, int] = {}
         #: threads that are inside the library, and all that ever were
         self.at_work: set[int] = set()
         self._users: set[int] = set()
@@ -124,6 +132,10 @@ class Library:
         fn("ggml_backend_tensor_set", None, p, p, size, size)
         fn("ggml_backend_buffer_is_host", C.c_bool, p)
         fn("ggml_backend_buffer_name", C.c_char_p, p)
+        fn("ggml_backend_dev_by_type", p, C.c_int)
+        fn("ggml_backend_reg_count", size)
+        fn("ggml_backend_reg_get", p, size)
+        fn("ggml_backend_reg_name", C.c_char_p, p)
         fn("ggml_nbytes", size, p)
         fn("ggml_op_desc", C.c_char_p, p)
         fn("ggml_type_name", C.c_char_p, C.c_int)
@@ -211,6 +223,11 @@ class Library:
             if outermost:
                 self.at_work.discard(thread)
 
+    @property
+    def has_gpu(self) -> bool:
+        """Whether there is a GPU; `llama_supports_gpu_offload` says so of a build with RPC too."""
+        return any(self.base.ggml_backend_dev_by_type(kind) for kind in GPUS)
+
     def used_by_others(self) -> bool:
         """Whether another living thread has used the library: it may hold pointers of it."""
         living = {t.ident for t in threading.enumerate()}
@@ -246,10 +263,16 @@ class Library:
             if self._log_goes_on and self._messages:
                 self._messages[-1] += text.decode(errors="replace")
             return
+        if (buffer := _BUFFER.search(text)) is not None:
+            self._note_buffer(*buffer.groups())
         self._log_goes_on = level == _LOG_ERROR
         if self._log_goes_on:
             self._messages.append(text.decode(errors="replace"))
             del self._messages[:-_MESSAGES]
+
+    def _note_buffer(self, name: bytes, megabytes: bytes) -> None:
+        n, known = int(float(megabytes) * (1 << 20)), self.weight_buffers
+        known[name.decode(errors="replace")] = known.get(name.decode(errors="replace"), 0) + n
 
     def last_error(self) -> str:
         """llama.cpp's complaints since last asked, for a message of ours: one line, without dots
@@ -274,12 +297,23 @@ def _library() -> Library:
     return Library()
 
 
+def give_back_memory() -> None:
+    """Returns to the system what was freed in small pieces, which glibc keeps."""
+    trim = getattr(library().base, "malloc_trim", None)
+    if trim is not None:
+        trim(C.c_size_t(0))
+
+
 def library_info() -> dict[str, str]:
-    """Version, build features and devices of llama.cpp, as `mia doctor` and provenance show them."""
+    """Version, build features, backends and devices of llama.cpp, as `mia doctor` and provenance
+    show them."""
     lib = library()
+    backends = (lib.base.ggml_backend_reg_get(i) for i in range(lib.base.ggml_backend_reg_count()))
     return {
         "llama_cpp_python": lib.version,
         "features": lib.L.llama_print_system_info().decode().strip(),
-        "gpu": "yes" if lib.L.llama_supports_gpu_offload() else "no",
+        "gpu": "yes" if lib.has_gpu else "no",
+        "rpc": "yes" if lib.L.llama_supports_rpc() else "no",
+        "backends": ", ".join(lib.base.ggml_backend_reg_name(b).decode() for b in backends),
         "callback": "Python" if native_watch() is None else "compiled",
     }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes as C
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mia.errors import ModelError, UsageError
 from mia.llama.c_numbers import c_int, c_path, processors
@@ -14,6 +14,8 @@ from mia.llama.library import library
 from mia.llama.lifetime import Owned
 from mia.llama.open_file import OpenFile
 
+#: buffers of the CPU whose weights are copies in another layout
+_REPACKED = ("CPU_REPACK", "AMX", "CPU_KLEIDIAI", "CPU_RISCV64_SPACEMIT")
 #: `enum llama_vocab_type` of llama.h
 _NO_VOCAB, _SPM = 0, 1
 
@@ -26,17 +28,39 @@ class LlamaModel:
         file: what was opened: weights and hash are read from it, and no run goes on once it is
             changed.
 
+        rpc: the RPC servers that have blocks of it.
+
     Everything after `close()` raises `UsageError`.
     """
 
-    def __init__(self, path: Path, *, gpu_layers: int = 0, extra_bufts: bool = True):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        gpu_layers: int = 0,
+        extra_bufts: bool = True,
+        rpc: str | Sequence[str] = (),
+    ):
         self.lib = library()
         L = self.lib.L
         params = L.llama_model_default_params()
         params.n_gpu_layers = c_int(gpu_layers, "gpu_layers", -1)
         params.use_extra_bufts = extra_bufts
+        self.rpc: list[str] = []
+        if rpc:
+            from mia.llama.rpc import devices, parse  # here: most runs of mia need none of it
+
+            self.rpc = parse(rpc)
+            on_servers = devices(self.rpc)
+            params.devices = C.cast(on_servers, C.c_void_p)
+        if gpu_layers:
+            # several devices would work on several batches at once, with a copy of each input in
+            # turn; mia waits for every batch. An override that fits no tensor turns that off
+            no_pipeline = (C.c_char_p * 4)(b"no tensor is called this", None, None, None)
+            params.tensor_buft_overrides = C.cast(no_pipeline, C.c_void_p)
         self.file = OpenFile(path)
         stopped: list[BaseException] = []
+        self.lib.weight_buffers.clear()
         # with a callback of ours llama.cpp logs no dots, and a Ctrl-C ends the load
         progress = L.llama_progress_callback(lambda fraction, _: not stopped)
         params.progress_callback = progress
@@ -46,14 +70,17 @@ class LlamaModel:
             c_path(path),
             params,
             threads=processors() if "AMX_INT8 = 1" in features else 1,  # it repacks weights
-            device=gpu_layers != 0 and bool(L.llama_supports_gpu_offload()),
+            device=gpu_layers != 0 and bool(self.rpc or self.lib.has_gpu),
             stop=stopped.append,
-            wrap=lambda handle: Owned(self.lib, handle, L.llama_model_free) if handle else None,
+            wrap=lambda handle: Owned(self.lib, handle, self._free()) if handle else None,
         )
         if self.owned is None:
             why = self.lib.last_error()
             raise ModelError(f"llama.cpp cannot load {path}" + (f": {why}" if why else ""))
         self.file.check_name()
+        buffers = self.lib.weight_buffers
+        #: bytes of copies of weights in layouts of extra buffers (AMX, repacking), beside the mapped file
+        self.repacked = sum(n for name, n in buffers.items() if name in _REPACKED)
         self._vocab = L.llama_model_get_vocab(self.handle)
         self.n_layer = int(L.llama_model_n_layer(self.handle))
         self.n_embd = int(L.llama_model_n_embd(self.handle))
@@ -66,9 +93,27 @@ class LlamaModel:
         self.recurrent = bool(
             L.llama_model_is_recurrent(self.handle) or L.llama_model_is_hybrid(self.handle)
         )
+        #: whether some layers attend to a sliding window, whose cells llama.cpp takes back
+        self.has_window = int(L.llama_model_n_swa(self.handle)) > 0
         if L.llama_model_has_encoder(self.handle) or not L.llama_model_has_decoder(self.handle):
             self.close()
             raise ModelError(f"{path} is an encoder model; mia runs decoder-only models")
+
+    def _free(self) -> Callable[[Any], None]:
+        """What frees the model; with servers, what counts its connections too."""
+        L, lib, servers = self.lib.L, self.lib, self.rpc
+        if not servers:
+            return cast("Callable[[Any], None]", L.llama_model_free)
+        from mia.llama.rpc import connect, disconnect
+
+        connect(servers)
+
+        def free(handle: Any) -> None:
+            if not lib.exiting:  # a server frees what was a process's; one that died needs nothing
+                L.llama_model_free(handle)
+                disconnect(servers)
+
+        return free
 
     @property
     def handle(self) -> Any:
@@ -86,6 +131,13 @@ class LlamaModel:
         """Frees the model, once the last context on it is closed."""
         self.owned = None
         self.file.close()
+
+    @cached_property
+    def architecture(self) -> str:
+        """What llama.cpp takes the file for: "llama", "qwen3" …"""
+        buf = C.create_string_buffer(256)
+        self.lib.L.llama_model_meta_val_str(self.handle, b"general.architecture", buf, len(buf))
+        return buf.value.decode(errors="replace")
 
     def metadata(self) -> dict[str, str]:
         L, out = self.lib.L, {}

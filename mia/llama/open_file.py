@@ -9,12 +9,12 @@ No ctypes and no numpy.
 
 from __future__ import annotations
 
-import mmap
 import os
 import weakref
 from pathlib import Path
 
 from mia.errors import ModelError
+from mia.io.files import read_at
 from mia.llama.gguf_file import FileTensor, read_header, split_parts
 
 
@@ -98,10 +98,16 @@ class OpenFile:
             for tensor in read_header(file, part).tensors
         ]
 
-    def mapped(self, part: int) -> mmap.mmap:
-        """The bytes of a part."""
+    def read(self, part: int, start: int, n: int) -> bytes:
+        """Bytes of a part from `start`: n, or up to its end. They are read and not mapped: pages that are
+        mapped twice count twice in a process's memory."""
         self.check()
-        return mmap.mmap(self._files[part], 0, access=mmap.ACCESS_READ)
+        data = read_at(self._files[part], start, n)
+        while 0 < len(data) < n and (
+            more := read_at(self._files[part], start + len(data), n - len(data))
+        ):
+            data += more  # the system reads 2 GB at a time
+        return data
 
     def sha256(self) -> str:
         """SHA-256 of the file (of the first part), remembered as `mia.io.files.file_sha256` does."""

@@ -12,28 +12,27 @@ runs.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import struct
 import sys
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mia.errors import FileError, UsageError
-from mia.io.files import cache_folder, write_json
+from mia.errors import UsageError
 from mia.llama import child
+from mia.llama.verdicts import read_verdicts, write_verdicts
 
+_FILE = "probe.json"  # in mia's cache folder
 _SECONDS = 60.0
 _WRONG = 3  # the child's exit status if the numbers are wrong
 _TOLERANCE = 0.1  # |with - without| / |without|; both round activations to 8 bits, alike
 _REBUILD = (
-    "CMAKE_ARGS=\"-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'\" pip install --force-reinstall "
-    "--no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python=={version}"
+    "CMAKE_ARGS=\"-DGGML_RPC=ON -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'\" pip install "
+    "--force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python=={version}"
 )
 
 
@@ -58,7 +57,7 @@ def _verdict() -> bool:
     """The remembered verdict on this build, or the child's, which it remembers."""
     from mia.llama.library import library_info
 
-    key, known = _build_key(), _read_verdicts()
+    key, known = _build_key(), read_verdicts(_FILE)
     if key in known:
         return known[key]
     complaint, decided = _ask_child()
@@ -69,7 +68,7 @@ def _verdict() -> bool:
             file=sys.stderr,
         )
     if decided:
-        _write_verdicts({**known, key: not complaint})
+        write_verdicts(_FILE, {**known, key: not complaint})
     return not complaint
 
 
@@ -100,29 +99,7 @@ def _command(folder: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------
-# what is remembered
-
-
-def _verdict_file() -> Path:
-    return cache_folder() / "probe.json"
-
-
-def _read_verdicts() -> dict[str, bool]:
-    try:
-        verdicts = json.loads(_verdict_file().read_text())
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home
-        return {}
-    if not isinstance(verdicts, dict):
-        return {}
-    return {str(k): v for k, v in verdicts.items() if isinstance(v, bool)}
-
-
-def _write_verdicts(verdicts: dict[str, bool]) -> None:
-    """If nothing can be written, nothing is remembered."""
-    with suppress(OSError, RuntimeError, FileError):
-        file = _verdict_file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, verdicts, own=True)
+# what a verdict is about
 
 
 def _build_key() -> str:

@@ -62,6 +62,15 @@ def describe(addr: int) -> Node:
     )
 
 
+#: `enum ggml_tensor_flag` of ggml.h: ggml gives the memory of these to no other tensor
+_FLAG_OUTPUT = 2
+
+
+def is_output(addr: int) -> bool:
+    """Whether what is computed at a node stays there until the next decode."""
+    return bool(Tensor.from_address(addr).flags & _FLAG_OUTPUT)
+
+
 class _Memory:
     """Lets numpy see foreign memory without copying it."""
 

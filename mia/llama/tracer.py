@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from mia.arrays import Array
 from mia.llama.library import Tensor, library
-from mia.llama.watch import ASK_PYTHON, Watch, native_watch
+from mia.llama.watch import ASK_PYTHON, COPY, Watch, native_watch
 
 #: `enum ggml_tensor_flag` of ggml.h: nodes without it are not computed
 FLAG_COMPUTE = 16
@@ -50,7 +51,12 @@ class Tracer:
             self.callback, self.user_data = kind(self._answer), None
             return
         self._python = kind(self._answer_watch)
-        self._watch = Watch(python=C.cast(self._python, C.c_void_p))
+        is_host = library().base.ggml_backend_buffer_is_host
+        self._watch = Watch(
+            python=C.cast(self._python, C.c_void_p),
+            is_host=C.cast(is_host, C.c_void_p),
+            data=Tensor.data.offset,
+        )
         self.callback = kind(("mia_watch", watch))
         self.user_data = C.addressof(self._watch)
 
@@ -74,6 +80,21 @@ class Tracer:
             self._watch.addrs, self._watch.requested = nodes.ctypes.data, flags.ctypes.data
             self._addrs, self._flags = nodes, flags  # kept alive
         self.addrs, self.requested, self.skip, self.on_data = addrs, requested, skip, on_data
+
+    def copy(self, copies: Mapping[int, Array]) -> None:
+        """After `expect`: float32 arrays for some of the requested nodes. Compiled code, if there is
+        some, fills one with the node's numbers in place of reporting it, if they are as many, side
+        by side and in the host's memory."""
+        if self._watch is None or not copies:
+            return
+        indices = list(copies)
+        to, n_bytes = np.zeros((2, len(self._flags)), np.uint64)
+        to[indices] = [a.ctypes.data for a in copies.values()]
+        n_bytes[indices] = [a.nbytes for a in copies.values()]
+        self._watch.to, self._watch.bytes = to.ctypes.data, n_bytes.ctypes.data
+        self._copies = copies, to, n_bytes  # kept alive
+        where = self._flags[indices]
+        self._flags[indices] = np.where(where == ASK_PYTHON, ASK_PYTHON, COPY)
 
     def begin(self) -> None:
         self._index, self._n, self.error = 0, len(self.addrs), None

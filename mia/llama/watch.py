@@ -19,11 +19,15 @@ class Watch(C.Structure):
         ("addrs", C.c_void_p),
         ("requested", C.c_void_p),
         ("python", C.c_void_p),
+        ("to", C.c_void_p),
+        ("bytes", C.c_void_p),
+        ("is_host", C.c_void_p),
+        ("data", C.c_int64),
     )
 
 
-#: in `Watch.requested`: the question goes to Python
-ASK_PYTHON = 2
+#: in `Watch.requested`: the question goes to Python; the node's numbers are copied
+ASK_PYTHON, COPY = 2, 3
 
 
 @cache

@@ -2,7 +2,7 @@
 
 They are read from the file and not from llama.cpp's memory: on a GPU, and in the
 repacked layouts of AMX and AVX512, what lies in memory cannot be read back. The
-pages are the ones that llama.cpp has mapped already.
+system has the file in its cache already, as llama.cpp has mapped it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from mia.arrays import Array
 from mia.errors import ModelError, RangeError
@@ -28,7 +27,6 @@ class Weights:
         self._file = file if isinstance(file, OpenFile) else OpenFile(file)
         #: name -> its part, and where in it
         self._where = {t.name: (part, t) for part, t in self._file.tensors()}
-        self._maps: dict[int, npt.NDArray[np.uint8]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -55,7 +53,7 @@ class Weights:
     def rows(self, name: str, start: int, stop: int) -> Array:
         """Rows `start:stop` of a matrix, (stop - start, n_in) float32.
 
-        Raises `RangeError` if it does not have them."""
+        Raises `RangeError` if it does not have them, `ModelError` if the file was changed."""
         part, tensor = self._find(name)
         n_in, n_rows = tensor.ne[0], prod(tensor.ne[1:])
         if not 0 <= start <= stop <= n_rows:
@@ -63,17 +61,11 @@ class Weights:
         if tensor.type not in BLOCKS:
             raise ModelError(f"{name} is of a type that mia does not know: {tensor.type}")
         row = type_bytes(tensor.type, n_in)
-        source = self._mapped(part)[tensor.offset + start * row : tensor.offset + stop * row]
-        if source.size < (stop - start) * row:
+        source = self._file.read(part, tensor.offset + start * row, (stop - start) * row)
+        if len(source) < (stop - start) * row:
             raise ModelError(f"{name} does not lie within the file")
-        return dequantize(source.ctypes.data, tensor.type, stop - start, n_in)
-
-    def _mapped(self, part: int) -> npt.NDArray[np.uint8]:
-        """A part's bytes, mapped once. Raises `ModelError` if the file was changed since."""
-        self._file.check()
-        if part not in self._maps:
-            self._maps[part] = np.frombuffer(self._file.mapped(part), np.uint8)
-        return self._maps[part]
+        data = np.frombuffer(source, np.uint8)
+        return dequantize(data.ctypes.data, tensor.type, stop - start, n_in)
 
     def _find(self, name: str) -> tuple[int, FileTensor]:
         try:

@@ -8,6 +8,7 @@
 | `attention`            | Vaswani et al. 2017; Kobayashi et al. 2020 | `attention`                                |
 | `heads`                | Elhage et al. 2021; Olsson et al. 2022     | `heads`                                    |
 | `patching`             | Meng et al. 2022; Wang et al. 2022         | `patches`                                  |
+| `sweep`                | Meng et al. 2022; Wang et al. 2022         | `sweep`, `run_cells`                       |
 | `ablation`             | Olsson et al. 2022; Wang et al. 2022       | `ablate`, `head_sweep`                     |
 | `head_ablation`        | Olsson et al. 2022; Wang et al. 2022       | `head_edits`                               |
 | `experts`              | Shazeer et al. 2017; Fedus et al. 2021     | `experts`                                  |

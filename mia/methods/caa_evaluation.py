@@ -29,7 +29,7 @@ from mia.measure.losses import MeanLoss
 from mia.methods.ab_prompts import AbPrompt, prompt_and_answers
 from mia.progress import Progress, step
 from mia.ranges import Ranges, parse_layers
-from mia.request import Request
+from mia.request import Request, TokenMetric
 from mia.show.report import Report
 from mia.show.text import rounded
 from mia.steering import Steering
@@ -77,20 +77,20 @@ def _asked(begun: AbPrompt, answers: list[list[int]], edits: Sequence[Edit]) -> 
             [*begun.tokens, *a],
             edits,
             logits=slice(n - 1, n + len(a) - 1),
-            metric=MeanLoss(a, np.float32),
+            metric=MeanLoss(a),
         )
         for a in answers
     ]
 
 
-class _MatchingShare:
+class _MatchingShare(TokenMetric):
     """A metric: the share of the matching letter in the probability of both."""
 
     def __init__(self, matching: int, other: int):
-        self.ids = [matching, other]
+        self.tokens = matching, other
 
-    def __call__(self, logits: Array) -> float:
-        a, b = (float(x) for x in logits[-1, self.ids])
+    def of(self, logits: Array) -> float:
+        a, b = (float(x) for x in logits[-1])
         return float(1 / (1 + np.exp(b - a)))
 
 

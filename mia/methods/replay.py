@@ -260,11 +260,16 @@ def _changes(old: Run, new: Run) -> list[str]:
         "build": "the build of llama.cpp",
         "extra_buffers": "extra weight buffers",
         "processor": "the processor",
+        "as_type": "the type that the weights are opened as",
         "kv_type": "the type of the KV cache",
         "ctx": "the context",
         "threads": "the number of threads",
+        "rpc": "the list of RPC servers",
     }
-    before, after = {**(old.model or {}), **old.setup}, {**(new.model or {}), **_setup(new)}
+    before, after = (
+        {"rpc": "empty", **(run.model or {}), **setup}
+        for run, setup in ((old, old.setup), (new, _setup(new)))
+    )
     return [
         visible(f"{name} was {_short(before.get(key))}, is {_short(after.get(key))}")
         for key, name in names.items()

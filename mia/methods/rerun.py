@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NOT_REPLAYABLE = {
     "models": "it lists the files of one machine",
     "models pull": "it downloads a file",
+    "models cache": "it lists the files of one machine",
     "models convert": "it writes a model file and measures nothing",
     "doctor": "it describes the machine that it runs on",
     "replay": "it compares two runs itself",
@@ -73,6 +74,7 @@ def command_line(run: Run, model: str | None = None) -> list[str]:
     """
     command = _find(run.command)
     values = dict(run.arguments)
+    values.pop("rpc", None)  # servers of whoever made it: here MIA_RPC or models.toml decide
     if model is not None:
         if not any(p.name == "model" for p in command.params):
             raise UsageError(f"{run.command} takes no other model")

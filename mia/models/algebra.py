@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mia.errors import FileError
 from mia.io.files import as_utf8, cache_folder, write_json
-from mia.llama import library_info
+from mia.llama import give_back_memory, library_info
 from mia.models.claims import VERSION, Algebra, Check, check
 from mia.sites import parse
 
@@ -25,7 +25,7 @@ _REMEMBERED = 256
 
 def algebra(model: Model, engine: Engine) -> Algebra:
     """What is remembered of this file's sites, or a new check of them."""
-    file = cache_folder() / "sites" / f"{_key(model)}.json"
+    file = cache_folder() / "sites" / f"{file_key(model)}.json"
     with suppress(OSError, ValueError, TypeError, KeyError, RuntimeError, RecursionError):
         known = json.loads(file.read_text(encoding="utf-8"))
         checks = [Check(**c) for c in known["checks"]]
@@ -34,6 +34,7 @@ def algebra(model: Model, engine: Engine) -> Algebra:
             parse(spelling, model.n_layer)
         return Algebra(checks, refused, untested, unproved, [int(i) for i in known["vectors"]])
     found = check(model, engine)
+    give_back_memory()  # a hundred megabytes of an 8B model's activations
     with suppress(OSError, FileError, RuntimeError):  # it will be asked again then
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, asdict(found), own=True)
@@ -43,8 +44,9 @@ def algebra(model: Model, engine: Engine) -> Algebra:
     return found
 
 
-def _key(model: Model) -> str:
-    """The file, the library and these checks: another of any of them is asked anew."""
+def file_key(model: Model) -> str:
+    """A name for what is remembered of a model: of the file, the types, the library and these checks.
+    Another of any of them is asked anew."""
     from mia import __version__
 
     file = model.facts.file
@@ -55,8 +57,10 @@ def _key(model: Model) -> str:
         stat.st_size,
         stat.st_mtime_ns,
         model.kv_type,
+        "" if model.copy is None else model.copy.type,
         library_info()["llama_cpp_python"],
         __version__,
         VERSION,
+        *([f"{len(model.rpc)} RPC servers"] if model.rpc else []),
     ]
     return hashlib.sha256(as_utf8("\n".join(map(str, parts))).encode()).hexdigest()[:32]

@@ -48,6 +48,8 @@ _ROUNDED = 0.06
 _LAYOUT = 0.5
 #: the most numbers of all output matrices together before only some layers' products are checked
 _ALL_LAYERS = 10**8
+#: the most numbers that are read again at once under fused attention
+_TOGETHER = 8 << 20
 _N_TOKENS = 6
 #: of how many tokens of the vocabulary the logits are computed
 _N_LOGITS = 64
@@ -137,14 +139,18 @@ class _Checker:
     def run(self) -> Algebra:
         plain = self._plain()
         if plain is not None:
-            zeroed = self._zeroed()
             self._mixers(plain)
             with np.errstate(all="ignore"):  # what a wrong site has may be anything
-                self._claim(plain, zeroed)
+                self._claim(plain, self._zeroed())
+                try:
+                    self._fused(plain)
+                except Exception as err:  # as in `_claim`
+                    self.cannot("q", f"its numbers have an unexpected shape: {err}")
         return self._judged()
 
     def _claim(self, plain: Result, zeroed: dict[str, Result]) -> None:
-        """Every claim, one layer at a time: what cannot be computed in one is tested in others."""
+        """Every claim of unfused attention, one layer at a time: what cannot be computed in one is
+        tested in others."""
         every = range(self._model.n_layer)
         for name, (claim, layered) in _CLAIMS.items():
             for layers in [[i] for i in every] if layered else [every]:
@@ -199,12 +205,16 @@ class _Checker:
         return plain
 
     def _zeroed(self) -> dict[str, Result]:
-        """The same with one kind of site set to zero in all layers, for each kind; norms to a
-        constant, as some models divide by what they make of it."""
-        kinds = [k for k in _ZEROED if any(s.name == k for s in self._sites)]
+        """What the claims read with one kind of site set to zero in all layers, for each kind; norms
+        to a constant, as some models divide by what they make of it."""
+        there = {s.name for s in self._sites}
+        kinds = [k for k, read in _ZEROED.items() if k in there and not there.isdisjoint(read)]
         requests = [
-            self._request(
-                _silence(s, node.shape[0]) for s, node in self._sites.items() if s.name == kind
+            Request(
+                self._tokens,
+                [_silence(s, node.shape[0]) for s, node in self._sites.items() if s.name == kind],
+                [Capture([s for s in self._sites if s.name in _ZEROED[kind]])],
+                logits=None,
             )
             for kind in kinds
         ]
@@ -282,7 +292,7 @@ class _Checker:
         for i in layers:
             for kind, result in (("", plain), *zeroed.items()):
                 get = _getter(result, i)
-                if kind not in ("", "attn_out", "mlp_out", "head_out", "mlp_norm"):
+                if kind and "resid_post" not in _ZEROED[kind]:
                     continue
                 zero = (
                     f" with {kind} {'held' if kind.endswith('norm') else 'zeroed'}" if kind else ""
@@ -517,22 +527,23 @@ class _Checker:
         self.holds("logits", claim, -1, got, x, self._product)
         self.holds("final_norm", claim, -1, got, x, self._product, "logits")
 
-    def fused(self, plain: Result, zeroed: dict[str, Result], layers: Sequence[int]) -> None:
-        """The graph with fused attention, which runs use that read no patterns, has the same."""
+    def _fused(self, plain: Result) -> None:
+        """The graph with fused attention, which runs use that read no patterns, has the same. Of a
+        large model some sites at a time: all of them are as many numbers as `plain` has."""
         sites = [
             s for s in self._engine.topology().sites if s in self._sites and s.name not in BY_KEY
         ]
-        request = Request(self._tokens, captures=[Capture(sites)], logits="all")
-        result = self._try(["q"], [request])[0]
         tolerance = _ROUNDED if self._product == _FLOAT else _LAYOUT
-        for s in sites if result is not None and self._engine.fuses else []:
-            assert result is not None
-            claim = f"{s.name} is the same with fused attention"
-            got, expected = result.captures[s], plain.captures[s]
-            if s.name != "experts":  # near ties turn
-                self.holds(
-                    s.name, claim, -1 if s.layer is None else s.layer, got, expected, tolerance
-                )
+        for part in _parts(sites, [plain.captures[s].size for s in sites]):
+            request = Request(self._tokens, captures=[Capture(part)], logits="all")
+            result = self._try(["q"], [request])[0]
+            for s in part if result is not None and self._engine.fuses else []:
+                assert result is not None
+                claim = f"{s.name} is the same with fused attention"
+                got, expected = result.captures[s], plain.captures[s]
+                if s.name != "experts":  # near ties turn
+                    layer = -1 if s.layer is None else s.layer
+                    self.holds(s.name, claim, layer, got, expected, tolerance)
 
     # -- what the graph does to scores --------------------------------------------
 
@@ -596,16 +607,39 @@ _CLAIMS = {
     "router": (_Checker.experts, True),
     "resid_pre": (_Checker.ends, False),
     "logits": (_Checker.logits, False),
-    "q": (_Checker.fused, False),
 }
 _ATTENTION = ("q", "k", "v", "attn_scores", "attn_pattern", "head_out")
-_ZEROED = ("attn_norm", "mlp_norm", "q", "k", "v", "head_out", "attn_out", "mlp_out")
+_RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+#: site -> what is read where it is set to zero: all sites together would be hundreds of megabytes
+_ZEROED: dict[str, tuple[str, ...]] = {
+    "attn_norm": ("v",),
+    "mlp_norm": _RESIDUAL,
+    "q": ("attn_scores",),
+    "k": ("attn_scores",),
+    "v": ("head_out",),
+    "head_out": _RESIDUAL,
+    "attn_out": _RESIDUAL,
+    "mlp_out": _RESIDUAL,
+}
 #: site -> what setting it to zero does, and where that is read
 _SILENCED = {
     "q": ("attn_scores are 0 with q zeroed", "attn_scores"),
     "k": ("attn_scores are 0 with k zeroed", "attn_scores"),
     "v": ("head_out is 0 with v zeroed", "head_out"),
 }
+
+
+def _parts(sites: Sequence[Site], sizes: Sequence[int]) -> list[list[Site]]:
+    """The sites in runs of at most `_TOGETHER` numbers, or of one."""
+    parts: list[list[Site]] = []
+    size = _TOGETHER
+    for s, n in zip(sites, sizes, strict=True):
+        if size + n > _TOGETHER:
+            parts.append([])
+            size = 0
+        parts[-1].append(s)
+        size += n
+    return parts
 
 
 def _silence(site: Site, width: int) -> Edit:

@@ -44,7 +44,7 @@ class Doctor(Report):
     Attributes:
         facts: the model's; None if it could not be opened.
         findings: a line each: level, what, text, advice, numbers.
-        library: `library_info()`: version, features, GPU offload, who answers the callback.
+        library: `library_info()`: version, features, GPU, RPC, who answers the callback.
         extra_buffers: whether llama.cpp's extra weight buffers (AMX, repacking) are on.
     """
 
@@ -65,6 +65,7 @@ class Doctor(Report):
             "findings": [f.document() for f in self.findings],
             "features": self.library.get("features", ""),
             "gpu": self.library.get("gpu", ""),
+            "rpc": self.library.get("rpc", ""),
             "callback": self.library.get("callback", ""),
             "extra_buffers": self.extra_buffers,
         }
@@ -134,12 +135,13 @@ def machine() -> list[Finding]:
     except MiaError as err:
         advice = "install llama-cpp-python again: pip install llama-cpp-python"
         return [Finding("fail", "llama.cpp", str(err), advice)]
-    gpu = "with a GPU" if library["gpu"] == "yes" else "no GPU"
+    devices = "with a GPU" if library["gpu"] == "yes" else "no GPU"
+    devices += ", RPC" if library.get("rpc") == "yes" else ", no RPC"
     found = [
         Finding(
             "ok",
             "llama.cpp",
-            f"llama-cpp-python {library['llama_cpp_python']}, {gpu}, {processors()} processors; "
+            f"llama-cpp-python {library['llama_cpp_python']}, {devices}, {processors()} processors; "
             f"{library['features']}",
         )
     ]
@@ -239,9 +241,22 @@ def _examined(model: Model, speed: bool) -> list[Finding]:
     )
     return [
         Finding("ok", "model", text, advice),
-        *(_repacking(model) if speed else []),
+        *([*_blas(), *_repacking(model)] if speed else []),
         *examine(model),
     ]
+
+
+def _blas() -> list[Finding]:
+    """What a build with a BLAS is faster at, as measured (docs/performance.md)."""
+    from mia.llama import library_info
+
+    if "BLAS" not in library_info()["backends"].split(", "):
+        return []
+    text = (
+        "this build multiplies large matrices with BLAS, as float32: a sweep of a Q4_1 file was 2.2 "
+        "times as fast with OpenBLAS, of F32 1.2 times, and slower of F16"
+    )
+    return [Finding("ok", "BLAS", text, "a copy in f16 or bf16 is as fast without, and more exact")]
 
 
 def _repacking(model: Model) -> list[Finding]:
@@ -255,7 +270,8 @@ def _repacking(model: Model) -> list[Finding]:
     if not extra_buffers_safe() or file.stat.st_size > _SMALL:
         return []
     with step("timing extra weight buffers"):
-        prefill, decode = repacking_speed(model.path, model.threads)
+        path = model.path if model.copy is None else model.copy.path
+        prefill, decode = repacking_speed(path, model.threads)
     text = (
         f"with extra weight buffers a prefill is {prefill:.1f} × and a decode {decode:.1f} × as "
         "fast as without"

@@ -2,7 +2,7 @@
 
 A prompt is run in ways that must give the same: unchanged and with its own activations put back,
 alone and among others, through the model's unembedding and through mia's lens. What differs is
-rounding, which is the noise floor of everything that is measured on this file.
+rounding. The noise floor is what rounding makes of a change that is too small to matter.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mia.edits import Edit
 from mia.engine.routes import NONE
 from mia.errors import MiaError
 from mia.measure.losses import log_softmax
+from mia.measure.noise import nudge
 from mia.measure.prompts import SINK, first_over_others
 from mia.models.findings import Finding
 from mia.request import Capture, Request
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from mia.model import Model
 
 _TEXT = "The capital of France is Paris. The capital of Italy is"
-#: how many patches that change nothing are run to see what they move
-_N_NULL = 24
+#: how many changes that are too small to matter are run to see what they move
+_N_NUDGES = 24
 #: nats; rounding of float types stays far below, and what is larger is no rounding on any type
 _FLOAT_NOISE, _ANY_NOISE = 1e-2, 1.5
 #: bytes of one number of the KV cache
@@ -73,20 +74,22 @@ class _Examination:
     def _residuals(self) -> Array:
         """(n_layer, n_tokens, n_embd), every block's end."""
         sites = [Site("resid_post", i) for i in range(self._model.n_layer)]
-        result = self._model.run([Request(self._ids, captures=[Capture(sites)])])[0]
+        result = self._model.run([Request(self._ids, captures=[Capture(sites)], logits=None)])[0]
         return np.stack([result.captures[s] for s in sites])
 
     @property
     def _is_float(self) -> bool:
         return set(weight_types(self._model)) <= {"f32", "f16", "bf16"}
 
-    def _null_patches(self) -> list[Edit]:
-        """Single rows replaced by what they are."""
+    def _nudges(self) -> list[Edit]:
+        """Single rows changed by a hundred-thousandth."""
         rng = np.random.default_rng(0)
         n_layer, n_tokens = self._residuals.shape[:2]
-        places = [(int(rng.integers(n_layer)), int(rng.integers(n_tokens))) for _ in range(_N_NULL)]
+        places = [
+            (int(rng.integers(n_layer)), int(rng.integers(n_tokens))) for _ in range(_N_NUDGES)
+        ]
         return [
-            Edit(f"resid_post.{i}", "replace", self._residuals[i, t], tokens=t) for i, t in places
+            Edit(f"resid_post.{i}", nudge(seed), tokens=t) for seed, (i, t) in enumerate(places)
         ]
 
     # -- tests ------------------------------------------------------------------------
@@ -164,7 +167,7 @@ class _Examination:
         """A prompt's activations are the same among other prompts."""
         site = Site("resid_post", self._layer)
         others = [[*self._ids[: 2 + i], self._ids[0]] for i in range(len(self._ids) - 2)]
-        requests = [Request(r, captures=[Capture(site)]) for r in (self._ids, *others)]
+        requests = [Request(r, captures=[Capture(site)], logits=None) for r in (self._ids, *others)]
         rows = self._model.run(requests)[0].captures[site]
         alone = self._residuals[self._layer]
         with np.errstate(invalid="ignore", divide="ignore"):  # a model may give nothing but zeros
@@ -179,19 +182,19 @@ class _Examination:
         return Finding("ok", "batches", text, "", numbers)
 
     def noise(self) -> Finding:
-        """What single-token patches that change nothing move in one run, as sweeps do them."""
-        requests = [Request(self._ids), *(Request(self._ids, [e]) for e in self._null_patches())]
+        """What changes move that are too small to matter (`mia.measure.noise`), as sweeps do them."""
+        requests = [Request(self._ids), *(Request(self._ids, [e]) for e in self._nudges())]
         results = self._model.run(requests)
         moved = [_moved(results[0].logits, r.logits) for r in results[1:]]
         floor = max(moved)
-        numbers = {"nats": floor, "mean_nats": float(np.mean(moved)), "patches": float(_N_NULL)}
-        text = f"{_N_NULL} patches that change nothing move at most {floor:.2g} nats"
+        numbers = {"nats": floor, "mean_nats": float(np.mean(moved)), "changes": float(_N_NUDGES)}
+        text = f"{_N_NUDGES} changes by 1e-5 of a row move at most {floor:.2g} nats"
         advice = ""
         if not np.isfinite(floor):
             return Finding("fail", "noise floor", text, "get the file again", numbers)
         if not self._is_float:
             name = self._model.name
-            advice = f"for effects below that: mia models convert {name} f16 FILE"
+            advice = f"for effects below that open it as f16: mia models convert {name} f16 FILE"
         return Finding("ok", "noise floor", text, advice, numbers)
 
     def bos(self) -> Finding:
@@ -228,13 +231,31 @@ class _Examination:
             if site.name in ("k", "v")
         )
         need, free = per_token * model.n_ctx, available_memory()
-        numbers = {"cache_bytes": float(need), "available_bytes": float(free)}
+        copies = model._llama.repacked
+        numbers = {
+            "cache_bytes": float(need),
+            "available_bytes": float(free),
+            "repacked_bytes": float(copies),
+        }
         text = f"{model.n_ctx} tokens need {need / 1e6:.0f} MB of cache"
+        if copies:
+            text += (
+                f"; llama.cpp keeps a repacked copy of {copies / 1e6:.0f} MB of the weights "
+                "(MIA_EXTRA_BUFTS=0 does without)"
+            )
         if free and need > free:
             most = free // max(per_token, 1) // 2
             advice = f"open it with a smaller context: ctx of {most}"
             return Finding("warn", "memory", f"{text}; {free / 1e6:.0f} are free", advice, numbers)
         return Finding("ok", "memory", text, "", numbers)
+
+
+def noise_floor(model: Model) -> float:
+    """What changes by 1e-5 of a row move at most, in nats: noise of everything that is measured by
+    small changes of this model."""
+    numbers = _Examination(model).noise().numbers
+    assert numbers is not None
+    return numbers["nats"]
 
 
 _TESTS: dict[str, Callable[[_Examination], Finding]] = {

@@ -58,6 +58,7 @@ _KEYS: dict[str, tuple[str, tuple[type, ...]]] = {
     "ctx": _NUMBER,
     "gpu_layers": _NUMBER,
     "kv_type": _TEXT,
+    "rpc": _TEXT,
 }
 _VALID = "valid keys: path, or repo + file (+ revision); " + ", ".join(list(_KEYS)[4:])
 
@@ -71,6 +72,7 @@ class ModelSpec:
     nobody asks (None: as the file's metadata says), `bos_token` which token that
     is (None: the metadata's). `chat_template` is a jinja text; only in what
     `registry` gives may it still be the path of the file that holds the text.
+    `rpc` names servers as `host:port[,host:port]`; `gpu_layers` None is all with them, else none.
     """
 
     name: str
@@ -79,7 +81,8 @@ class ModelSpec:
     file: str | None = None
     revision: str | None = None
     ctx: int | None = None
-    gpu_layers: int = 0
+    gpu_layers: int | None = None
+    rpc: str | None = None
     bos: bool | None = None
     bos_token: str | None = None
     chat_template: str | None = None
@@ -213,6 +216,8 @@ def _check_values(table: dict[str, Any], wrong: Callable[[str], NoReturn]) -> No
         wrong(f"ctx = {table['ctx']} is below 1")
     if table.get("gpu_layers", 0) < -1:
         wrong(f"gpu_layers = {table['gpu_layers']} is below -1 (-1: all layers)")
+    if not re.fullmatch(r"[^\s:,]+:\d+(\s*,\s*[^\s:,]+:\d+)*", table.get("rpc", "host:1")):
+        wrong(f"rpc = {table['rpc']!r} is not of the form host:port[,host:port]")
     if table.get("kv_type", "f16") not in KV_TYPES:
         wrong(f"kv_type = {table['kv_type']!r} is none of {', '.join(KV_TYPES)}")
 

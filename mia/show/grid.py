@@ -30,27 +30,32 @@ def grid(
     width: int,
     *,
     diverging: bool = False,
-    names: Sequence[int] | None = None,
+    names: Sequence[int | str] | None = None,
+    down: str = "layers",
     across: str = "heads",
+    columns: Sequence[int | str] | None = None,
 ) -> RenderableType:
     """An array (n_layer, n_head) as coloured cells, with their numbers where these fit.
 
     Args:
         width: columns of the terminal.
         diverging: red above 0, blue below it; else inferno from 0 to the largest.
-        names: the layer of each row, from 0 by default.
-        across: what the columns are.
+        names, columns: the layer of each row, and the head of each column, from 0 by default.
+        down, across: what the rows and the columns are.
     """
     from rich.console import Group
 
     top = float(np.nanmax(np.abs(a))) if np.isfinite(a).any() else 1.0
-    cell = _NUMBER if _NUMBER * a.shape[1] + 6 <= width else _BARE
+    labels = [str(n) for n in (range(len(a)) if names is None else names)]
+    margin = max(4, *(len(label) for label in labels))
+    cell = _NUMBER if _NUMBER * a.shape[1] + margin + 2 <= width else _BARE
+    heads = [str(h) for h in (range(a.shape[1]) if columns is None else columns)]
     lines = [
-        Text(f"{title} (layers down, {across} across)", style="bold"),
-        Text(" " * 5 + "".join(f"{h:>{cell}d}" for h in range(a.shape[1])), style="dim"),
+        Text(f"{title} ({down} down, {across} across)", style="bold"),
+        Text(" " * (margin + 1) + "".join(f"{h[:cell]:>{cell}s}" for h in heads), style="dim"),
     ]
-    for i, row in enumerate(a):
-        line = Text().append(f"{i if names is None else names[i]:4d} ", style="dim")
+    for label, row in zip(labels, a, strict=True):
+        line = Text().append(f"{label:>{margin}s} ", style="dim")
         for x in row:
             text = f"{x:{cell}.2f}" if cell > _BARE else " " * cell
             if np.isfinite(x):

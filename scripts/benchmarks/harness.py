@@ -20,6 +20,8 @@ TEXT = (
 )
 N_PREFILL, N_DECODE = 256, 64
 MEGABYTE = 1 << 20
+#: BLAS libraries on one thread: those that wait spin, which is time of the processor
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,16 @@ class Row:
         return "ok" if good else "MISS"
 
     def __str__(self) -> str:
-        low, mid, high = (f(self.values) for f in (min, median, max))
-        spread = f"{low:.3g}–{high:.3g}" if len(self.values) > 1 else ""
+        low, mid, high = (_digits(f(self.values)) for f in (min, median, max))
+        spread = f"{low}–{high}" if len(self.values) > 1 else ""
         target = "" if self.target is None else f"{'≥' if self.at_least else '≤'} {self.target:g}"
         return (
-            f"{self.what:<64}{mid:>8.3g} {self.unit:<3}{spread:>14}{target:>9}  {self.verdict}"
+            f"{self.what:<64}{mid:>8} {self.unit:<3}{spread:>14}{target:>9}  {self.verdict}"
         ).rstrip()
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 class Bench:
@@ -57,7 +63,7 @@ class Bench:
         self.rounds, self.quick, self.quiet = rounds, quick, quiet
         self.rows: list[Row] = []
         self.rng = np.random.default_rng(0)
-        self._plain: Context | None = None
+        self._plain: Plain | None = None
 
     def add(
         self,
@@ -109,20 +115,43 @@ class Bench:
     def plain(
         self, tokens: Sequence[int], n_predict: int = 0, directions: np.ndarray | None = None
     ) -> list[int]:
-        """llama.cpp's decode and nothing else: the prompt, then greedily n_predict tokens, under
-        its own control vector if `directions` (n_layer - 1, n_embd) are given."""
+        """See `Plain.decode`."""
         if self._plain is None:
-            params = ContextParams(
-                n_ctx=512,
-                n_ubatch=512,
-                n_seq=1,
-                flash=True,
-                kv_type=self.model.kv_type,
-                threads=self.model.threads,
-                callback=False,
-            )
-            self._plain = Context(self.model._llama, params)
-        context, out = self._plain, list[int]()
+            self._plain = Plain(self.model)
+        return self._plain.decode(tokens, n_predict, directions)
+
+    def megabytes_allowed(self) -> float:
+        """The model's file, the key-value cache of the runs so far, and 300 MB."""
+        m = self.model
+        cells = max(s.context.n_ctx for s in m._engine.sessions.open.values())
+        cache = cells * m.n_layer * 2 * m.n_head_kv * m.head_dim * 2  # keys and values, f16
+        return (m.path.stat().st_size + cache) / MEGABYTE + 300
+
+
+class Plain:
+    """llama.cpp's decode and nothing else."""
+
+    def __init__(self, model: Model, n_ctx: int = 512):
+        params = ContextParams(
+            n_ctx=n_ctx,
+            n_ubatch=512,
+            n_seq=1,
+            flash=True,
+            kv_type=model.kv_type,
+            threads=model.threads,
+            callback=False,
+        )
+        self.context = Context(model._llama, params)
+
+    def decode(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        n_predict: int = 0,
+        directions: np.ndarray | None = None,
+    ) -> list[int]:
+        """The prompt, then greedily n_predict tokens, under llama.cpp's own control vector if
+        `directions` (n_layer - 1, n_embd) are given."""
+        context, out = self.context, list[int]()
         context.clear()
         context.set_control_vector(directions)
         ids, start = np.asarray(tokens, np.int32), 0
@@ -140,13 +169,6 @@ class Bench:
             if len(out) == n_predict:  # the last token need not be run
                 return out
             ids = np.asarray([best], np.int32)
-
-    def megabytes_allowed(self) -> float:
-        """The model's file, the key-value cache of the runs so far, and 300 MB."""
-        m = self.model
-        cells = max(s.context.n_ctx for s in m._engine.sessions.open.values())
-        cache = cells * m.n_layer * 2 * m.n_head_kv * m.head_dim * 2  # keys and values, f16
-        return (m.path.stat().st_size + cache) / MEGABYTE + 300
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from mia.arrays import Array
 from mia.edits import OPERATORS, WITHOUT_COEFF, Edit
 from mia.engine.graph import Topology
-from mia.request import Capture, Request, Sampling
+from mia.request import Capture, LogitDifference, Request, Sampling, TokenLogits
 from mia.sites import ROUTERS
 
 Json = dict[str, Any]
@@ -38,6 +38,8 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
 METRICS: dict[str, Callable[[Array], Any]] = {
     "sum": lambda x: x.sum(0),
     "best": lambda x: float(x[-1].max()),
+    "logits": TokenLogits([3, 5, 4]),
+    "difference": LogitDifference(4, 3),
 }
 
 
@@ -122,6 +124,7 @@ class _Group:
             "STATES_APART": int(rng.choice([1, 4, 16])),
             "MIN_RESUMED": int(rng.choice([1, 2, 3])),
             "RESUMED_ROWS": int(rng.choice([1, 4, 32])),
+            "CELL_STEP": int(rng.choice([4, 16, 256])),
         }
 
     # -- one request

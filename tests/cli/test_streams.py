@@ -55,6 +55,7 @@ COMMANDS: list[tuple[str, ...]] = [
     ("attention", *PROMPT, "-k", "2"),
     ("attention", "-p", "The \x1b cat", "--heads", "0.1"),
     ("heads", *PROMPT),
+    ("sweep", *PROMPT, "--zero", "--answer", "\x1b", "-k", "2"),
     ("ablate", *PROMPT, "--answer", " cat\x1b[2J", "-k", "2"),
     ("attribute", *PROMPT, "--answer", "\x1b", "--against", "\x07"),
     ("steer", VECTOR, "--coeff", "1,2", *PROMPT, "-n", "12"),
@@ -85,6 +86,9 @@ COMMANDS: list[tuple[str, ...]] = [
     ("doctor", "-m", MODEL),
     ("models",),
     ("models", "convert", MODEL, "f16", NAME + "16.gguf"),
+    ("tokens", *PROMPT, "--as", "f16"),
+    ("models", "cache"),
+    ("models", "cache", "--clear"),
 ]
 #: errors that name what was typed
 REFUSED: list[tuple[str, ...]] = [
@@ -102,6 +106,9 @@ REFUSED: list[tuple[str, ...]] = [
     ("vector", "combine", EVIL + " + ", "-o", "x.gguf"),
     ("task-vector", "train", TASK, "-o", NAME + "tv", *SETS),
     ("models", "pull", EVIL),
+    ("rpc-server", "--host", EVIL),
+    ("tokens", "--rpc", EVIL, *PROMPT),
+    ("models", "cache", "--remove", EVIL),
 ]
 #: of leaves of the tree: needs the real model; needs a hub
 LEFT_OUT = {("demo",), ("models", "pull")}

@@ -42,6 +42,12 @@ SAME: dict[str, tuple[list[str], str]] = {
         'edits = patches(m, m.ids(P), "l_out-1", ["a.npy"])\n'
         "report = m.generate(P, 3, edits=edits, baseline=True)",
     ),
+    "sweep": (
+        ["-p", PROMPT, "--zero", "--over", "layer", "--token-idx", "-1"],
+        "from mia.methods.sweep import sweep\n"
+        "from mia.sweeps.experiments import Ablation\n"
+        'report = sweep(m, P, Ablation(), over="layer", tokens="-1")',
+    ),
     "attention": (
         ["-p", PROMPT, "--layers", "1", "-k", "2"],
         'from mia.methods.attention import attention\nreport = attention(m, P, layers="1", k=2)',
@@ -222,6 +228,7 @@ SAME: dict[str, tuple[list[str], str]] = {
         'report = evaluate_task(m, "next.json", "w.safetensors")',
     ),
     "models": ([], "from mia.models.reports import models\nreport = models()"),
+    "models cache": ([], "from mia.models.reports import copies\nreport = copies()"),
     "models convert": (
         ["tiny.gguf", "f16", "w.gguf"],
         'from mia.models.reports import convert\nreport = convert("tiny.gguf", "f16", "w.gguf")',
@@ -232,8 +239,9 @@ SAME: dict[str, tuple[list[str], str]] = {
     ),
     "doctor": ([], "from mia.models.doctor import doctor\nreport = doctor(m)"),
 }
-#: `models pull` needs a hub (tests/models), `demo` smollm2 (tests/test_smollm2.py)
-ELSEWHERE = {"models pull", "demo"}
+#: `models pull` needs a hub (tests/models), `demo` smollm2 (tests/test_smollm2.py), `rpc-server` a
+#: build with RPC (tests/llama/test_rpc.py)
+ELSEWHERE = {"models pull", "demo", "rpc-server"}
 
 
 def _commands(group: Any, prefix: str = "") -> set[str]:

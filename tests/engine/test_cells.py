@@ -41,28 +41,34 @@ def _end(ledger: Ledger, branch: Branch) -> list[Segment]:
     return [over.segment for over in ledger.close(branch)]
 
 
-def test_the_last_child_takes_over_the_parent_s_sequence() -> None:
-    (top,) = _tops(Request([5, 6, 7]), Request([5, 6, 8, 9]))
-    first, second = top.children
-    ledger, cache = _ledger(budget=5, n_sequences=2)
-    assert (top.path_cells, top.sequences) == (4, 2)
+def test_one_child_at_a_time_borrows_its_parent_s_sequence() -> None:
+    (top,) = _tops(Request([5, 6, 7]), Request([5, 6, 8, 9]), Request([5, 6, 4]))
+    first, second, third = top.children
+    ledger, cache = _ledger(budget=6, n_sequences=2)
+    assert top.path_cells == 4 and top.heir is second  # the longest
     trunk = ledger.admit(top, None)
     assert _counts(ledger) == (2, 1) and _end(ledger, trunk) == []
-    a = ledger.admit(first, trunk)
-    assert (cache.calls, trunk.sequence) == ([("copy 2", 0, 1)], 0)
-    b = ledger.admit(second, trunk)
-    assert len(cache.calls) == 1 and (trunk.sequence, b.sequence) == (None, 0)
-    assert _counts(ledger) == (5, 0)
-    assert _end(ledger, a) == [first]
-    assert _counts(ledger) == (4, 1)
-    assert _end(ledger, b) == [second, top]  # its parent's last
-    assert _counts(ledger) == (0, 2) and cache.calls[1:] == [("remove", 1, 0), ("remove", 0, 0)]
+    a = ledger.admit(second, trunk)
+    assert a.sequence == trunk.sequence and cache.calls == [] and trunk.lent
+    b = ledger.admit(first, trunk)
+    assert cache.calls == [("copy 2", 0, 1)] and b.sequence == 1
+    assert _counts(ledger) == (5, 0) and not ledger.has_room(third, trunk)
+    assert _end(ledger, a) == [second] and not trunk.lent
+    assert cache.calls[1:] == [("remove", 0, 2)]  # cut back to the trunk's end
+    assert _counts(ledger) == (3, 0) and ledger.has_room(third, trunk)
+    c = ledger.admit(third, trunk)
+    assert c.sequence == 0 and len(cache.calls) == 2
+    assert _end(ledger, b) == [first]
+    assert _counts(ledger) == (3, 1)
+    assert _end(ledger, c) == [third, top]  # its parent's last
+    assert _counts(ledger) == (0, 2)
+    assert cache.calls[2:] == [("remove", 1, 0), ("remove", 0, 2), ("remove", 0, 0)]
 
 
 def test_there_is_room_only_for_the_whole_path() -> None:
     """Who is let in can run to its end, whatever else waits."""
     one, two = _tops(Request([5, 6, 7]), Request([5, 6, 8, 9]), Request([3]))
-    for budget, n_sequences, room in ((4, 2, True), (3, 2, False), (4, 1, False)):
+    for budget, n_sequences, room in ((4, 1, True), (3, 2, False), (4, 0, False)):
         assert _ledger(budget, n_sequences)[0].has_room(one, None) == room
     ledger, _ = _ledger(budget=5, n_sequences=3)
     trunk = ledger.admit(one, None)
@@ -88,14 +94,14 @@ def test_one_generation_uses_the_reserve_and_others_need_cells_of_their_own() ->
     branch = ledger.admit(top, None)
     assert ledger.booked == 2 + 3  # the prompt, and the longest continuation
     first = ledger.lease(branch, 3)
-    assert first is not None and first.uses_reserve and ledger.booked == 5
+    assert first is not None and first.uses_reserve and first.borrowed and ledger.booked == 5
     second = ledger.lease(branch, 2)
     assert second is not None and not second.uses_reserve and ledger.booked == 7
     assert ledger.lease(branch, 1) is None  # no cells
     ledger.end_lease(second)
     assert ledger.booked == 5
     third = ledger.lease(branch, 1)
-    assert third is not None and ledger.booked == 6 and branch.sequence is None
+    assert third is not None and ledger.booked == 6 and not third.borrowed
     ledger.end_lease(first)
     assert ledger.booked == 6 and _end(ledger, branch) == []  # the reserve stays to the end
     ledger.end_lease(third)
@@ -122,5 +128,6 @@ def test_what_must_not_happen_is_asserted() -> None:
         ledger.admit(two, None)
     ledger, _ = _ledger(budget=9, n_sequences=1)
     trunk = ledger.admit(one, None)
+    ledger.admit(one.children[0], trunk)
     with pytest.raises(AssertionError, match="let in without a sequence"):
-        ledger.admit(one.children[0], trunk)
+        ledger.admit(one.children[1], trunk)

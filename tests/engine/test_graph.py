@@ -137,7 +137,8 @@ def test_cells_are_read_where_keys_are_stored(case: Tiny) -> None:
     t = case.model.topology
     assert sorted(t.cell_inputs) == [0, 1, 2]
     inputs = {cells for _, cells in t.cell_inputs.values()}
-    assert len(inputs) == (2 if case.oracle.arch == "gemma2" else 1)  # a cache for windows
+    caches = 2 if case.oracle.arch == "gemma2" else 1  # one for windows
+    assert caches <= len(inputs) <= caches * max(1, len(case.model.rpc))  # copies on each device
     for layer, (index, _) in t.cell_inputs.items():
         assert t.nodes[index].op == "SET_ROWS"
         assert f"_l{layer}" in t.nodes[index].name

@@ -10,13 +10,12 @@ from tiny import Tiny
 
 from mia.edits import Edit
 from mia.engine import limits
-from mia.engine.jobs import resolve
-from mia.engine.plan import build
+from mia.engine.batch import best_rows
 from mia.engine.run import Engine
 from mia.engine.runner import Runner
 from mia.errors import EngineError
 from mia.llama import Context, Tracer
-from mia.request import Capture, Request, Sampling
+from mia.request import Capture, Request, Sampling, TokenLogits
 
 
 class Shadow:
@@ -218,7 +217,7 @@ def test_fewer_sequences_than_the_forks_need(
     seed: int,
     n_sequences: int,
 ) -> None:
-    """What does not fit one run goes into several."""
+    """One is enough for any tree of segments; what cannot run side by side waits."""
     of = tiny(["llama", "gemma2-window", "gpt2"][seed % 3])
     requests = _random_requests(of, np.random.default_rng(seed))
     binary = [of.prompt(1) + [5 + (i >> b & 1) for b in range(5)] for i in range(32)]
@@ -289,14 +288,17 @@ def _random_requests(t: Tiny, rng: np.random.Generator) -> list[Request]:
             captures.append(Capture(str(where), last, generated=bool(rng.random() < 0.5)))
         hot = Sampling(temperature=1.0, seed=int(rng.integers(100)))
         logits = [None, "last", "all", [0, -1]][rng.integers(4)]
-        summed = rng.random() < 0.2 and logits is not None
+        metric: Any = None
+        if logits is not None:
+            summed, few = (lambda x: x.sum(0)), TokenLogits(rng.integers(3, 320, 2).tolist())
+            metric = [None, None, None, summed, few][rng.integers(5)]
         requests.append(
             Request(
                 tokens,
                 edits,
                 captures,
                 logits=logits,
-                metric=(lambda x: x.sum(0)) if summed else None,
+                metric=metric,
                 n_predict=int(rng.choice([0, 0, 0, 1, 2, 6])),
                 sampling=hot if rng.random() < 0.3 else Sampling(),
                 stop_at_eog=False,
@@ -320,23 +322,15 @@ def test_any_requests_together_are_as_alone(
     monkeypatch: pytest.MonkeyPatch,
     seed: int,
 ) -> None:
-    """With as few cells and sequences as will do, and few rows in a decode."""
+    """With as few cells as will do, few sequences, and few rows in a decode."""
     rng = np.random.default_rng(seed)
     of = tiny(["llama", "gemma2-window", "gpt2"][seed % 3])
     requests = _random_requests(of, rng)
     alone = [of.model.run([r])[0] for r in requests]
-    roots = build(
-        [resolve(i, r, 3) for i, r in enumerate(requests)],
-        share=True,
-        skip_blocks=True,
-        n_layer=3,
-        n_ubatch=6,
-    )
-    monkeypatch.setattr(limits, "MAX_SEQUENCES", max(s.sequences for s in roots))
+    monkeypatch.setattr(limits, "MAX_SEQUENCES", [1, 2, 3, 6][seed // 3 % 4])
     monkeypatch.setattr(limits, "UBATCH", 6)
     monkeypatch.setattr(limits, "KV_BYTES", 0)
     t = reopen(of)
-    assert limits.MAX_SEQUENCES <= 6
     done: list[tuple[int, int]] = []
     together = t.model.run(requests, progress=lambda i, n: done.append((i, n)))
     assert done == [(i + 1, len(requests)) for i in range(len(requests))]
@@ -376,3 +370,97 @@ def test_the_unembedding_is_left_out_for_states_of_a_prompt_that_is_continued(
     check(llama.model.run([request])[0], request, llama.oracle)
     assert decoded == [29, 1, 1, 1]
     assert skips[0] > 0 and not any(skips[1:])
+
+
+def test_a_large_vocabulary_has_fewer_sequences(
+    llama: Tiny, reopen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp keeps a row of logits for each sequence from the start: 262 MB for 256 of them over
+    256,000 tokens."""
+    prompts = [[*llama.prompt(3), 5 + i] for i in range(30)]
+    alone = [llama.model.run([Request(p)])[0] for p in prompts]
+    monkeypatch.setattr(limits, "LOGITS_BYTES", 4 * llama.model.n_vocab * 10)
+    model = reopen(llama).model
+    together = model.run([Request(p) for p in prompts])
+    sessions = model._engine.sessions.open.values()
+    assert [s.context.params.n_seq for s in sessions] == [10]
+    monkeypatch.undo()
+    assert [limits.sequences(n, 100) for n in (1, 2, 9, 1000)] == [1, 16, 32, limits.MAX_SEQUENCES]
+    for a, b in zip(alone, together, strict=True):
+        check_same(a, b)
+
+
+def test_a_window_that_goes_on_leaves_its_cells_to_later_forks(
+    tiny: Callable[[str], Tiny], reopen: Any, shadow: Shadow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp gives cells that a window has left behind to whoever comes next: here to the second
+    half of the long prompt, when the cells of the first, short one are free again."""
+    monkeypatch.setattr(limits, "UBATCH", 16)
+    monkeypatch.setattr(limits, "MAX_SEQUENCES", 16)
+    t = reopen(tiny("gemma2-window"))
+    prompt = t.prompt(30)
+    requests = [Request(t.prompt(6, seed=3)), Request(prompt)]
+    requests += [Request([*prompt[:p], *[5] * 8]) for p in (1, 4, 9)]
+    requests += [Request(t.prompt(20, seed=s)) for s in (5, 6)]
+    requests += [Request([*prompt[:p], 5, 6, p]) for p in (2, 7, 15)]
+    _run_checked(t, requests)
+
+
+def test_batches_end_where_foreign_cells_cost_more(
+    llama: Tiny, shadow: Shadow, decoded: list[int]
+) -> None:
+    """Tiny models are F32: their attention is not fused, and a row of 48 numbers costs little else."""
+    assert not llama.model._engine.fuses
+    requests = [Request(llama.prompt(20, seed=s)) for s in range(40)]
+    _run_checked(llama, requests, every=9)
+    assert max(decoded) == limits.CELL_STEP
+
+
+@pytest.mark.parametrize(
+    ("n_used", "n_embd", "rows"),
+    [
+        (0, 576, 256),
+        (24, 576, 232),
+        (24, 4096, 488),
+        (250, 576, 262),
+        (600, 576, 168),
+        (0, 9999, 512),
+    ],
+)
+def test_a_row_costs_the_least(n_used: int, n_embd: int, rows: int) -> None:
+    assert best_rows(n_used, n_embd, 512) == rows
+    assert best_rows(n_used, n_embd, 5) == 5
+
+
+def test_what_nobody_reads_of_one_request_does_not_end_the_others(
+    tiny: Callable[[str], Tiny],
+) -> None:
+    """A block of zeros: each router's softmax is divided by zero. No logits of it are asked for."""
+    t = tiny("qwen2moe")
+    good = Request([135, 4, 3, 3], logits=None, n_predict=1)
+    read = Request([135, 4, 3, 3], captures=[Capture("resid_post.2")], logits=None)
+    bad = Request([85, 155, 198], [Edit("resid_mid.0", "zero")], logits=None)
+    for request in (good, read):
+        (want,) = t.model.run([request])
+        got = t.model.run([request, bad])[0]
+        assert got.tokens == want.tokens
+        for site, rows in want.captures.items():
+            np.testing.assert_allclose(got[site], rows, rtol=0, atol=1e-5)
+    with pytest.raises(EngineError, match=r"not finite|not numbers"):
+        t.model.run([good, Request(bad.tokens, bad.edits)])
+
+
+def test_what_is_decoded_in_part_goes_on_before_resumed_segments(
+    llama: Tiny, reopen: Any, monkeypatch: pytest.MonkeyPatch, decoded: list[int]
+) -> None:
+    """It may hold the cells that they need, and is not among those that wait."""
+    monkeypatch.setattr(limits, "UBATCH", 8)
+    monkeypatch.setattr(limits, "MAX_SEQUENCES", 8)
+    monkeypatch.setattr(limits, "CELLS_PER_EMBD", 0)
+    monkeypatch.setattr(limits, "MIN_CELLS", 1)  # as many as the longest request has, and one
+    t, prompt = reopen(llama), llama.prompt(6)
+    edits = [Edit("mlp_out.2", "scale", coeff=c, tokens=slice(3, 6)) for c in (2.0, 3.0, 4.0, 5.0)]
+    requests = [Request([*prompt, 7, 8, 9, 10]), *(Request(prompt, [e]) for e in edits)]
+    for request, result in zip(requests, t.model.run(requests), strict=True):
+        check(result, request, t.oracle)
+    assert decoded[-4:] == [8, 2, 6, 6]  # the long prompt, then two and two

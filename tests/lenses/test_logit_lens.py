@@ -167,3 +167,24 @@ def test_wrong_input_is_named(llama: tuple[Model, Oracle]) -> None:
         model.lens.read(h, 0)
     with pytest.raises(RangeError, match="0 to 327"):
         model.lens.direction(-1)
+
+
+def test_blocks_of_the_unembedding_are_bounded(
+    pair: tuple[Model, Oracle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few rows are read: sixteen thousand rows of a large model's matrix are 270 MB."""
+    model, _ = pair
+    h = np.random.default_rng(0).normal(size=(2, model.n_embd)).astype(np.float32)
+    whole, sizes = model.lens.read(h, 3), list[int]()
+    read = model.weights.rows
+
+    def rows(name: str, start: int, stop: int) -> np.ndarray:
+        sizes.append(stop - start)
+        return read(name, start, stop)
+
+    monkeypatch.setattr(logit_lens, "_MATRIX_BLOCK", 64 * model.n_embd)
+    monkeypatch.setattr(model.weights, "rows", rows)
+    parts = model.lens.read(h, 3)
+    assert max(sizes) == 64 and sum(sizes) == model.n_vocab
+    np.testing.assert_array_equal(whole.ids, parts.ids)
+    np.testing.assert_allclose(whole.logits, parts.logits, atol=1e-5)

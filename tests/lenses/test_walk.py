@@ -5,7 +5,8 @@ import pytest
 from tiny import Tiny
 
 from mia.errors import ModelError
-from mia.lenses.walk import ByColumn, Plus, Step, Times, walk
+from mia.lenses import walk as walk_module
+from mia.lenses.walk import ByColumn, Plus, Product, Step, Times, walk
 from mia.request import Capture, Request
 from mia.sites import Site
 
@@ -71,3 +72,24 @@ def test_what_cannot_be_walked_is_named(llama: Tiny) -> None:
         steps_between(llama, Site("resid_post", 1), Site("embed"))
     with pytest.raises(ModelError, match=r"llama has no resid_post\.9 to read"):
         steps_between(llama, Site("resid_post", 9), Site("logits"))
+
+
+def test_a_product_reads_its_matrix_in_blocks(case: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = case.model
+    (product,) = (
+        s
+        for s in steps_between(case, Site("head_out", 1), Site("attn_out", 1))
+        if isinstance(s, Product)
+    )
+    x = np.random.default_rng(0).normal(size=(2, model.weights.shape(product.name)[1]))
+    expected, sizes = x @ model.weights.matrix(product.name).T.astype(x.dtype), list[int]()
+    read = model.weights.rows
+
+    def rows(name: str, start: int, stop: int) -> np.ndarray:
+        sizes.append(stop - start)
+        return read(name, start, stop)
+
+    monkeypatch.setattr(walk_module, "_BLOCK", 7 * x.shape[1])
+    monkeypatch.setattr(model.weights, "rows", rows)
+    np.testing.assert_allclose(product(x), expected, rtol=1e-12)
+    assert max(sizes) == 7

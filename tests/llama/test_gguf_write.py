@@ -82,3 +82,14 @@ def test_a_replaced_file_is_new_for_who_opens_it_anew(tmp_path: Path) -> None:
     write_gguf(path, facts, {"t": np.zeros(4)})
     np.testing.assert_array_equal(Weights(path).vector("t"), np.zeros(4))
     np.testing.assert_array_equal(first.vector("t"), np.ones(4))
+
+
+def test_a_tensor_in_pieces_and_numbers_with_a_sign(tmp_path: Path) -> None:
+    data = np.arange(8, dtype="<f4").tobytes()
+    pieces: list[bytes | memoryview] = [memoryview(data)[:5], data[5:]]
+    kinds = np.asarray([1, -3], np.int32)
+    write_gguf(tmp_path / "f.gguf", {"kinds": kinds}, {"a": RawTensor(0, (2, 4), pieces)})
+    reader = gguf.GGUFReader(tmp_path / "f.gguf")
+    assert reader.fields["kinds"].contents() == [1, -3]
+    assert reader.fields["kinds"].types[1].name == "INT32"
+    assert reader.tensors[0].data.tobytes() == data

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import logits
+from tiny import Tiny, logits
 from tiny_gguf import write_tiny
 
 from mia.errors import ModelError
@@ -137,3 +137,18 @@ def test_no_file_stays_open(one: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"gone\.gguf cannot be read: No such file"):
         OpenFile(tmp_path / "gone.gguf")
     assert n_open() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of what is mapped")
+def test_weights_are_read_without_another_mapping(llama: Tiny) -> None:
+    """Pages that two mappings share count twice in a process's memory."""
+
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count(str(llama.path))
+
+    with Model(llama.path, threads=1) as model:
+        before = mappings()
+        weights = model.weights
+        rows = [weights.rows("token_embd.weight", 3, 5), weights.matrix("token_embd.weight")[3:5]]
+        assert mappings() == before
+        np.testing.assert_array_equal(rows[0], rows[1])

@@ -124,7 +124,8 @@ def test_ctrl_c_between_two_nodes_is_not_lost(
 
 
 def test_ctrl_c_at_a_node_is_not_lost(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Request(llama.prompt(), captures=[Capture("l_out")])
+    edits = [Edit("l_out-1", "scale", coeff=0.5)]  # an edit is what Python is called for
+    request = Request(llama.prompt(), edits, [Capture("l_out")])
     plain = Visits.visit
 
     def visit(self: Visits, i: int, addr: int) -> None:

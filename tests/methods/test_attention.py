@@ -96,6 +96,7 @@ def test_flash_attention_is_off_only_where_patterns_are_read(
     from mia.request import Capture, Request
 
     model = reopen(llama, kv_type="f16").model
+    assert model.topology  # the checks of its sites look at both graphs
     used: list[bool] = []
     plain = Sessions.get
 

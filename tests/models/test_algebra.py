@@ -1,6 +1,7 @@
 """The checks of a block's algebra: true sites pass, each false one is refused, and is remembered."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from mia.engine.blocks import Block, Part
 from mia.engine.graph import SiteNode, Topology
 from mia.errors import SiteError
 from mia.io.files import cache_folder
+from mia.llama import give_back_memory
 from mia.model import Model
-from mia.models import algebra as module
+from mia.models import algebra as module, claims
 from mia.models.claims import Algebra, check
 from mia.notices import MiaWarning
-from mia.request import Capture, Request
+from mia.request import Capture, Request, Result
 from mia.sites import Site
 
 #: sites that some claim is about in every tiny model with attention
@@ -267,3 +269,39 @@ def test_where_llama_cpp_leaves_the_control_vector_out_an_edit_steers(
     assert found.vectors == [2]
     model._engine.blocks_with_vector = found.vectors
     np.testing.assert_allclose(logits(model.run([Request(ids, [edit])])[0]), steered, atol=1e-4)
+
+
+def test_the_checks_read_what_they_compare(case: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sites of eight runs would be 700 MB of an 8B model."""
+    model, engine, sizes = case.model, case.model._engine, list[list[int]]()
+    run_all = engine.run
+
+    def run(requests: list[Request], **named: object) -> list[Result]:
+        results = run_all(requests)
+        sizes.append([sum(a.size for a in r.captures.values()) for r in results])
+        return results
+
+    monkeypatch.setattr(engine, "run", run)
+    whole = check(model, engine)
+    (plain,), zeroed, *fused = sizes
+    assert sum(zeroed) < 3 * plain
+    assert len(fused) == 1
+    sizes.clear()
+    monkeypatch.setattr(claims, "_TOGETHER", plain // 4)
+    assert check(model, engine) == whole
+    fused = sizes[2:]
+    assert len(fused) >= 4 and max(map(sum, fused)) <= plain // 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's way to give memory back")
+def test_memory_that_was_freed_goes_back_to_the_system() -> None:
+    def held() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0])  # KB
+
+    small = [np.ones(12_000, np.float64) for _ in range(1000)]  # 96 KB each, from the heap
+    last = np.ones(12_000, np.float64)  # keeps the heap from shrinking by itself
+    before = held()
+    del small
+    give_back_memory()
+    assert before - held() > 50_000 and last.all()

@@ -148,7 +148,7 @@ def entry(home: Path, text: str) -> ModelSpec:
 
 def test_every_key(home: Path) -> None:
     text = 'repo = "o/r"\nfile = "q8/m.gguf"\nrevision = "v1"\nctx = 512\ngpu_layers = -1\n'
-    text += 'bos = false\nbos_token = "<s>"\nchat_template = "{{ x }}"\nkv_type = "bf16"\n'
+    text += 'bos = false\nbos_token = "<s>"\nchat_template = "{{ x }}"\nkv_type = "bf16"\nrpc = "a:1, 10.0.0.2:2"'
     assert entry(home, text) == ModelSpec(
         name="x",
         path=None,
@@ -161,6 +161,7 @@ def test_every_key(home: Path) -> None:
         bos_token="<s>",
         chat_template="{{ x }}",
         kv_type="bf16",
+        rpc="a:1, 10.0.0.2:2",
         source=str(home / "work/models.toml"),
     )
 
@@ -223,6 +224,10 @@ def test_paths_start_at_the_toml_or_at_home(home: Path, text: str, path: str) ->
         ('path = "a"\nctx = 0', "ctx = 0 is below 1"),
         ('path = "a"\ngpu_layers = 1.5', "gpu_layers = 1.5 is not a whole number"),
         ('path = "a"\ngpu_layers = -2', "gpu_layers = -2 is below -1 (-1: all layers)"),
+        *(
+            (f'path = "a"\nrpc = "{x}"', f"rpc = {x!r} is not of the form host:port[,host:port]")
+            for x in ("host", "host:", ":1", "a:1,", "a:1 b:2", "a:1,b")
+        ),
         ('path = "a"\nbos = 1', "bos = 1 is not true, false or a text"),
         ('path = "a"\nbos = ""', "bos is empty"),
         ('path = "a"\nbos = "a"\nbos_token = "b"', "bos names a token and bos_token too: keep one"),
@@ -237,7 +242,7 @@ def test_each_wrong_entry_names_file_model_and_keys(home: Path, text: str, messa
     with pytest.raises(ModelError) as caught:
         entry(home, text)
     keys = "path, or repo + file (+ revision); bos, bos_token, chat_template, ctx, gpu_layers"
-    expected = f"{home / 'work/models.toml'}: [x]: {message}; valid keys: {keys}, kv_type"
+    expected = f"{home / 'work/models.toml'}: [x]: {message}; valid keys: {keys}, kv_type, rpc"
     assert str(caught.value) == expected
 
 

@@ -1,0 +1,1 @@
+"""Sweeps: one run changed along axes. `mia.methods.sweep` is the experiment."""

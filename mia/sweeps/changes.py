@@ -1,0 +1,259 @@
+"""What a sweep does in each cell: from a place to the edits there.
+
+Sources: rows of another run, Meng et al. 2022 (arXiv 2202.05262) and Wang et al. 2022
+(2211.00593); ablation and blocked attention as in `mia.methods.head_ablation` and
+`mia.methods.knockout`; directions added as in `mia.steering`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mia.arrays import Array
+from mia.edits import Edit
+from mia.errors import UsageError
+from mia.measure.noise import nudge
+from mia.methods.knockout import Block, block_edits
+from mia.ranges import Head
+from mia.request import Capture, Request
+from mia.sites import BY_KEY, KINDS, Site
+from mia.sweeps.axes import Place
+
+if TYPE_CHECKING:
+    from mia.model import Model
+    from mia.vectors import Vector
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A run: token ids, and edits that are made in it."""
+
+    tokens: Sequence[int]
+    edits: Sequence[Edit] = ()
+
+    def followed(self, tokens: Sequence[int]) -> Base:
+        """The same with more tokens behind."""
+        return Base([*self.tokens, *tokens], self.edits)
+
+
+class Change:
+    """What is done at a place."""
+
+    def prepare(self, places: Sequence[Place], nudges: Sequence[Nudge]) -> None:
+        """Runs whatever the edits of these cells need, all in one run."""
+
+    def edits(self, place: Place) -> list[Edit]:
+        raise NotImplementedError
+
+    def reference(self) -> list[Edit]:
+        """The edits of the run that cells are compared with."""
+        return []
+
+    def changed_tokens(self, place: Place) -> Sequence[int]:
+        """The tokens whose rows a cell changes."""
+        return place.tokens
+
+    def nudged(self, nudge: Nudge) -> list[Edit]:
+        """Edits that are too small to matter (`mia.measure.noise`)."""
+        return nudge.edits
+
+
+@dataclass(frozen=True, eq=False)
+class Nudge:
+    """What measures the noise of a cell: the whole residual that the cell's block reads, at the rows
+    that it changes, times 1 + 1e-5. A few numbers of one head would flip too few roundings."""
+
+    edits: list[Edit]
+
+    @classmethod
+    def at(cls, model: Model, place: Place, rows: Sequence[int], seed: int) -> Nudge:
+        site = Site("resid_pre", min(place.layers))
+        if not KINDS[place.site].layered:
+            site = Site(place.site)
+        elif site not in model.topology.sites:
+            site = sites_of(place)[0]
+        return cls([Edit(site, nudge(seed), tokens=list(rows))] if rows else [])
+
+
+def sites_of(place: Place) -> list[Site]:
+    if not KINDS[place.site].layered:
+        return [Site(place.site)]
+    return [Site(place.site, layer) for layer in place.layers]
+
+
+# -- rows of another run ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(Change):
+    """Rows of a source run replace those of the run that is changed.
+
+    Attributes:
+        rows: site -> (n_source_tokens, width) of the source run.
+        source: token of the changed run -> token of the source run.
+    """
+
+    rows: Mapping[Site, Array]
+    source: Mapping[int, int]
+    n_head: Mapping[Site, int] = field(default_factory=dict)
+
+    def edits(self, place: Place) -> list[Edit]:
+        taken = [self.source[t] for t in place.tokens]
+        out = []
+        for site in sites_of(place):
+            value = self.rows[site][taken]
+            if place.heads is not None:
+                heads = value.reshape(len(value), self.n_head[site], -1)
+                value = heads[:, list(place.heads)].reshape(len(value), -1)
+            if place.neurons is not None:
+                value = value[:, list(place.neurons)]
+            edit = Edit(
+                site,
+                "replace",
+                value,
+                tokens=place.tokens,
+                heads=place.heads,
+                dims=place.neurons,
+            )
+            out.append(edit)
+        return out
+
+
+def patch_from(
+    model: Model, source: Base, sites: Iterable[Site], tokens: Mapping[int, int]
+) -> Patch:
+    """Runs the source and keeps its rows at some sites.
+
+    Args:
+        tokens: token of the changed run -> token of the source run.
+
+    Raises `UsageError` for a site whose row depends on the length of the prompt.
+    """
+    sites = list(sites)
+    for site in sites:
+        if site.name in BY_KEY:
+            raise UsageError(
+                f"{site} has a number for each key, and cannot be patched from another prompt; "
+                "patch q, k and v, or head_out"
+            )
+    request = Request(source.tokens, source.edits, [Capture(sites)], logits=None)
+    rows = model.run([request])[0].captures
+    headed = [s for s in sites if s.kind.headed]
+    shapes = model.topology.sites
+    return Patch(rows, dict(tokens), {s: shapes[s].shape[0] for s in headed})
+
+
+# -- other changes ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Ablate(Change):
+    """Zero, or the mean over a prompt's rows.
+
+    Attributes:
+        means: site -> (n_rows, width) whose mean takes the place; empty for zero.
+    """
+
+    means: Mapping[Site, Array] = field(default_factory=dict)
+    n_head: Mapping[Site, int] = field(default_factory=dict)
+
+    def edits(self, place: Place) -> list[Edit]:
+        if not self.means:
+            return [
+                Edit(s, "zero", tokens=place.tokens, heads=place.heads, dims=place.neurons)
+                for s in sites_of(place)
+            ]
+        means = {s: rows.mean(0, dtype=np.float64)[None] for s, rows in self.means.items()}
+        once = Patch(means, dict.fromkeys(place.tokens, 0), self.n_head)
+        return once.edits(place)
+
+
+@dataclass(frozen=True, eq=False)
+class Steer(Change):
+    """A vector added, times the place's coefficient."""
+
+    vector: Vector
+
+    def edits(self, place: Place) -> list[Edit]:
+        layers = [i for i in place.layers if i in self.vector.layers]
+        return [
+            Edit(
+                Site(self.vector.site, i),
+                "add",
+                self.vector[i],
+                tokens=place.tokens,
+                coeff=place.coeff,
+            )
+            for i in layers
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockKeys(Change):
+    """Some queries may not attend to the place's tokens, in its layers and heads.
+
+    Attributes:
+        queries: positions that may not look; those before a key never could.
+    """
+
+    model: Model
+    queries: Sequence[int]
+
+    def changed_tokens(self, place: Place) -> Sequence[int]:
+        return self._queries(place)
+
+    def _queries(self, place: Place) -> list[int]:
+        return [q for q in self.queries if q not in place.tokens]
+
+    def edits(self, place: Place) -> list[Edit]:
+        heads = range(self.model.n_head) if place.heads is None else place.heads
+        block = Block(
+            self._queries(place),
+            list(place.tokens),
+            heads=[Head(i, h) for i in place.layers for h in heads],
+        )
+        return block_edits(self.model, block) if block.queries else []
+
+
+# -- corrupted runs --------------------------------------------------------------------
+
+
+def noise(
+    model: Model, tokens: Sequence[int], subject: Sequence[int], *, scale: float, seed: int
+) -> list[Edit]:
+    """Gaussian noise on the embeddings of the subject's tokens (Meng et al. 2022, sec. 2.1).
+
+    Args:
+        subject: positions of its tokens.
+        scale: standard deviations of noise, in standard deviations of the prompt's embeddings (Meng
+            et al. take 3, and all subjects of their data).
+    """
+    rows = model.look(tokens, "embed")["embed"]
+    sigma = float(np.std(rows.astype(np.float64)))
+    rng = np.random.default_rng(seed)
+    value = rng.normal(0, scale * sigma, (len(subject), rows.shape[1])).astype(np.float32)
+    return [Edit("embed", "add", value, tokens=list(subject))]
+
+
+def aligned(n_changed: int, n_source: int, align: str | None) -> dict[int, int]:
+    """Token of the changed run -> token of the source run.
+
+    Args:
+        align: "start" pairs tokens of equal index, "end" those as far from the end; None wants
+            prompts of one length.
+
+    Raises `UsageError` for prompts of two lengths without it.
+    """
+    if align not in (None, "start", "end"):
+        raise UsageError(f"prompts are aligned at the start or the end, not {align!r}")
+    if n_changed != n_source and align is None:
+        raise UsageError(
+            f"the prompts have {n_changed} and {n_source} tokens: say whether tokens are paired "
+            "from the start or from the end, or make them of one length"
+        )
+    shift = n_source - n_changed if align == "end" else 0
+    return {i: i + shift for i in range(n_changed) if 0 <= i + shift < n_source}
