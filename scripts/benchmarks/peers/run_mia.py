@@ -10,8 +10,8 @@ import sys
 import numpy as np
 
 from benchmarks.harness import Plain
-from benchmarks.peers.worker import Array, Inputs, Outcome, Work, serve
-from mia import Capture, Edit, Model, Request
+from benchmarks.peers.worker import Inputs, Outcome, Work, serve
+from mia import Capture, Edit, LogitDifference, Model, Request, TokenLogits
 from mia.llama import library_info
 from mia.methods import contrast
 
@@ -36,11 +36,7 @@ class Mia:
     def patches(self, inputs: Inputs) -> Outcome:
         clean = Request(inputs["clean"].tolist(), captures=[Capture("resid_post")], logits=None)
         read = self.model.run([clean])[0]
-        first, second = inputs["answers"].tolist()
-
-        def difference(logits: Array) -> float:
-            return float(logits[0, first] - logits[0, second])
-
+        difference = LogitDifference(*inputs["answers"].tolist())
         corrupted = inputs["corrupted"].tolist()
         requests = []
         for i, p in inputs["cells"].tolist():
@@ -51,11 +47,7 @@ class Mia:
         return Outcome(lambda: {"values": np.asarray([r.value for r in results])})
 
     def heads(self, inputs: Inputs) -> Outcome:
-        answer = int(inputs["answer"])
-
-        def logit(logits: Array) -> float:
-            return float(logits[0, answer])
-
+        logit = TokenLogits([int(inputs["answer"])])
         prompts = inputs["prompts"].tolist()
         requests = [
             Request(
@@ -68,7 +60,7 @@ class Mia:
             )
         ]
         results = self.model.run(requests)
-        return Outcome(lambda: {"values": np.asarray([r.value for r in results])})
+        return Outcome(lambda: {"values": np.asarray([r.value[0, 0] for r in results])})
 
     def steer(self, inputs: Inputs) -> Outcome:
         edit = Edit(f"resid_post.{int(inputs['layer'])}", "add", inputs["vector"], generated=True)
