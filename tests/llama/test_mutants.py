@@ -66,7 +66,13 @@ def fates(files: Iterable[tuple[str, bytes]], file: Path) -> dict[str, str]:
         tried += 1
         file.write_bytes(raw)
         said = in_child(lambda: use(file))
-        if said.partition(":")[0] not in ("runs", "ModelError", "RangeError", "EngineError"):
+        if said.partition(":")[0] not in (
+            "runs",
+            "ModelError",
+            "RangeError",
+            "EngineError",
+            "NotFiniteError",
+        ):
             bad[what] = said
     assert tried
     return bad
