@@ -50,6 +50,10 @@ class EngineError(MiaError):
     """llama.cpp failed, or is not the version that mia knows how to read."""
 
 
+class NotFiniteError(EngineError):
+    """The model made numbers that are not finite."""
+
+
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """A part of a message about an unknown name: ", did you mean a or b?", or nothing where no
     other name is near. Capitals do not matter, and a name may be cut short."""

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mia.edits import Edit, Tokens, resolve_tokens
-from mia.engine.finite import NotFiniteError
 from mia.engine.run import Engine
-from mia.errors import ModelError, UsageError
+from mia.errors import ModelError, NotFiniteError, UsageError
 from mia.generation import Generation
 from mia.io import runs
 from mia.io.files import file_sha256

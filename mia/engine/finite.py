@@ -20,7 +20,7 @@ import numpy as np
 from mia.arrays import Array
 from mia.edits import Edit
 from mia.engine.jobs import Job
-from mia.errors import EngineError, UsageError
+from mia.errors import NotFiniteError, UsageError
 from mia.sites import ROUTERS, Site
 
 #: A norm squares its inputs in float32: above 1.8e19 it divides by infinity, and the whole row is 0,
@@ -35,10 +35,6 @@ _LARGEST = {
     "k": np.inf,
     "final_norm": np.inf,
 }
-
-
-class NotFiniteError(EngineError):
-    """The model made numbers that are not finite."""
 
 
 def check_edited(rows: Array, site: Site) -> None:
