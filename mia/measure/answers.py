@@ -61,10 +61,6 @@ class Metric:
         f = self.function
         return f.keep if isinstance(f, Divergence) else f
 
-    @property
-    def unit(self) -> str:
-        return UNITS.get(self.name, "")
-
     def number(self, given: Any) -> float:
         """The number, from what the function has returned. Raises `UsageError` if that is none."""
         if isinstance(self.function, Divergence):

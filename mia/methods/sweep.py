@@ -12,7 +12,7 @@ al. 2022 (2211.00593) and Heimersheim & Nanda 2024 (2404.15255), on which way to
 | noise ε ~ N(0, (3σ)²) on the subject   | `noise_on=` the subject, `noise=3`                  |
 | indirect effect of a cell              | `Sweep.effect`: its number minus the unchanged run's |
 
-Deviation: σ is that of the prompt's own embeddings, unless there are several prompts.
+Deviation: σ is that of the prompt's own embeddings, not of all subjects of a data set.
 
 Among the cells run some whose change is too small to matter, 1e-5 of a row. In exact arithmetic they
 give the unchanged run's number to four digits; on quantized files they do not, for each change flips
@@ -134,12 +134,12 @@ def sweep(
     null: int = NULL,
     k: int = _LISTED,
 ) -> Sweep:
-    """Changes one run along axes, a number for each cell, all cells in one run of the model.
+    """Changes one run along axes, a number for each cell, all cells of a prompt side by side.
 
     Args:
         prompt: a text or token ids; of a patch, the clean prompt. `PatchingPairs` has its own.
-        experiment: of `mia.sweeps.experiments`: `Patching`, `PatchingPairs`, `Ablation`, `Steering`,
-            `Blocking`.
+        experiment: of `mia.sweeps.experiments`: `Patching`, `PatchingPairs`, `PathPatching`,
+            `Ablation`, `Steering`, `Blocking`.
         over: axes: layer, head, token, site, neuron, coeff.
         answer, against: what should follow the prompt, and what should not.
         metric: as `mia.measure.answers` names it; by default the logit difference where there is

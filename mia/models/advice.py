@@ -24,8 +24,8 @@ def advice(model: Model) -> str:
     """One line about the noise of a model whose type rounds activations to 8 bits, if an f16 copy of it
     fits twice into the memory that is free, and on the disk; else "".
 
-    The noise is what changes by 1e-5 of a row move (`mia.measure.noise`). It is measured once, which takes about as long as
-    two dozen short requests, and remembered for the file.
+    The noise is what changes by 1e-5 of a row move (`mia.measure.noise`). It is measured once, which
+    takes about as long as two dozen short requests, and remembered for the file.
     """
     rounding = [t for t in weight_types(model) if t not in copies.TYPES]
     if not rounding or model.copy is not None:

@@ -94,7 +94,8 @@ class Patch(Change):
 
     Attributes:
         rows: site -> (n_source_tokens, width) of the source run.
-        source: token of the changed run -> token of the source run.
+        source: token of the changed run -> row that takes its place.
+        n_head: of the sites that have heads.
     """
 
     rows: Mapping[Site, Array]
@@ -150,26 +151,14 @@ def patch_from(
 # -- other changes ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Ablate(Change):
-    """Zero, or the mean over a prompt's rows.
-
-    Attributes:
-        means: site -> (n_rows, width) whose mean takes the place; empty for zero.
-    """
-
-    means: Mapping[Site, Array] = field(default_factory=dict)
-    n_head: Mapping[Site, int] = field(default_factory=dict)
+class Zero(Change):
+    """Rows become zero."""
 
     def edits(self, place: Place) -> list[Edit]:
-        if not self.means:
-            return [
-                Edit(s, "zero", tokens=place.tokens, heads=place.heads, dims=place.neurons)
-                for s in sites_of(place)
-            ]
-        means = {s: rows.mean(0, dtype=np.float64)[None] for s, rows in self.means.items()}
-        once = Patch(means, dict.fromkeys(place.tokens, 0), self.n_head)
-        return once.edits(place)
+        return [
+            Edit(s, "zero", tokens=place.tokens, heads=place.heads, dims=place.neurons)
+            for s in sites_of(place)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,16 +192,13 @@ class BlockKeys(Change):
     model: Model
     queries: Sequence[int]
 
-    def changed_tokens(self, place: Place) -> Sequence[int]:
-        return self._queries(place)
-
-    def _queries(self, place: Place) -> list[int]:
+    def changed_tokens(self, place: Place) -> list[int]:
         return [q for q in self.queries if q not in place.tokens]
 
     def edits(self, place: Place) -> list[Edit]:
         heads = range(self.model.n_head) if place.heads is None else place.heads
         block = Block(
-            self._queries(place),
+            self.changed_tokens(place),
             list(place.tokens),
             heads=[Head(i, h) for i in place.layers for h in heads],
         )
@@ -222,10 +208,16 @@ class BlockKeys(Change):
 # -- corrupted runs --------------------------------------------------------------------
 
 
-def noise(
-    model: Model, tokens: Sequence[int], subject: Sequence[int], *, scale: float, seed: int
+def noises(
+    model: Model,
+    tokens: Sequence[int],
+    subject: Sequence[int],
+    *,
+    scale: float,
+    seeds: Iterable[int],
 ) -> list[Edit]:
-    """Gaussian noise on the embeddings of the subject's tokens (Meng et al. 2022, sec. 2.1).
+    """Gaussian noise on the embeddings of the subject's tokens (Meng et al. 2022, sec. 2.1), an
+    edit for each seed.
 
     Args:
         subject: positions of its tokens.
@@ -233,10 +225,9 @@ def noise(
             et al. take 3, and all subjects of their data).
     """
     rows = model.look(tokens, "embed")["embed"]
-    sigma = float(np.std(rows.astype(np.float64)))
-    rng = np.random.default_rng(seed)
-    value = rng.normal(0, scale * sigma, (len(subject), rows.shape[1])).astype(np.float32)
-    return [Edit("embed", "add", value, tokens=list(subject))]
+    sigma, shape = scale * float(rows.std(dtype=np.float64)), (len(subject), rows.shape[1])
+    draws = (np.random.default_rng(seed).normal(0, sigma, shape) for seed in seeds)
+    return [Edit("embed", "add", d.astype(np.float32), tokens=list(subject)) for d in draws]
 
 
 def aligned(n_changed: int, n_source: int, align: str | None) -> dict[int, int]:

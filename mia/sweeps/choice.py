@@ -39,8 +39,7 @@ class Choice:
         if "layer" in names and len(layered) < len(sites):
             bare = next(s for s in sites if s not in layered)
             raise UsageError(f"{bare} has no layers: it cannot be swept over them")
-        n = model.n_layer
-        layers = list(range(n)) if self.layers is None else parse_layers(self.layers, n)
+        layers = self._layers(model.n_layer)
         several: dict[str, list[Any]] = {
             "layer": layers,
             "token": self._tokens(case),
@@ -89,6 +88,16 @@ class Choice:
             if own is not None and site != own:
                 raise UsageError(f"{self.experiment.title}: the site is {own}, not {site}")
         return sites
+
+    def _layers(self, n_layer: int) -> list[int]:
+        own = self.experiment.layers
+        if self.layers is None:
+            return list(range(n_layer) if own is None else own)
+        layers = parse_layers(self.layers, n_layer)
+        for layer in layers:
+            if own is not None and layer not in own:
+                raise UsageError(f"{self.experiment.title}: there is no layer {layer} to choose")
+        return layers
 
     def _tokens(self, case: Case) -> list[int]:
         if self.tokens is None:

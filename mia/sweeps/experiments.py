@@ -2,6 +2,8 @@
 
 Patching("The Colosseum is in the city of")      # rows of the prompt's run into that one's
 Patching(noise_on="Eiffel Tower")                # into runs of the prompt with noise (tracing)
+PatchingPairs(load_prompt_pairs("ioi.jsonl"))    # for each pair of a file
+PathPatching("Mary and Ann …", "q:9.6,9.9")      # what heads send to these queries alone
 Ablation(), Ablation(mean_of="The weather is")   # zero, or the mean over a prompt's tokens
 Steering(vector)                                 # a vector added
 Blocking()                                       # nobody after a token may look at it
@@ -14,19 +16,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from mia.datasets.prompt_pairs import PromptPair
 from mia.errors import UsageError
-from mia.request import Capture, Request
 from mia.sites import BY_KEY, Site
 from mia.sweeps.axes import Grid
 from mia.sweeps.changes import (
-    Ablate,
     Base,
     BlockKeys,
     Change,
     Steer,
+    Zero,
     aligned,
-    noise,
+    noises,
     patch_from,
     sites_of,
 )
@@ -100,6 +103,11 @@ class Experiment:
         """The only site that it changes; None for any."""
         return None
 
+    @property
+    def layers(self) -> Sequence[int] | None:
+        """The only layers that it can change; None for any."""
+        return None
+
     def cases(self, model: Model, asked: Asked) -> list[Case]:
         """The runs to change: several for draws of noise, or for a file of pairs."""
         raise NotImplementedError
@@ -157,10 +165,9 @@ class Patching(Experiment):
             pairs = [(Base(clean), Base(model.ids(self.corrupted)))]
         else:
             subject = tokens_of(model, clean, self.noise_on)
-            pairs = []
-            for draw in range(self.draws):
-                edits = noise(model, clean, subject, scale=self.noise, seed=self.seed + draw)
-                pairs.append((Base(clean), Base(clean, edits)))
+            seeds = range(self.seed, self.seed + self.draws)
+            edits = noises(model, clean, subject, scale=self.noise, seeds=seeds)
+            pairs = [(Base(clean), Base(clean, [edit])) for edit in edits]
         return [_patched(*p, answer, against, self.into, self.align) for p in pairs]
 
     def change(self, model: Model, case: Case, grid: Grid) -> Change:
@@ -280,14 +287,16 @@ class Ablation(_OnePrompt):
 
     def change(self, model: Model, case: Case, grid: Grid) -> Change:
         if self.mean_of is None:
-            return Ablate()
+            return Zero()
         sites = grid_sites(grid)
         if by_key := [s for s in sites if s.name in BY_KEY]:
             raise UsageError(f"{by_key[0]} has a number for each key: it has no mean over tokens")
-        request = Request(model.ids(self.mean_of), captures=[Capture(sites)], logits=None)
-        shapes = model.topology.sites
-        n_head = {s: shapes[s].shape[0] for s in sites if s.kind.headed}
-        return Ablate(model.run([request])[0].captures, n_head)
+        patch = patch_from(model, Base(model.ids(self.mean_of)), sites, {})
+        means = {
+            s: rows.mean(0, dtype=np.float64)[None].astype(np.float32)
+            for s, rows in patch.rows.items()
+        }
+        return replace(patch, rows=means, source=dict.fromkeys(case.tokens, 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,6 +313,10 @@ class Steering(_OnePrompt):
     @property
     def site(self) -> str:
         return self.vector.site
+
+    @property
+    def layers(self) -> Sequence[int]:
+        return self.vector.layers
 
     def change(self, model: Model, case: Case, grid: Grid) -> Change:
         model.check_vector(self.vector)

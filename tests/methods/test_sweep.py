@@ -223,6 +223,7 @@ def test_experiments_have_sites_and_axes_of_their_own(llama: Tiny) -> None:
     for experiment, options, says in (
         (Steering(v), {"site": "mlp_out"}, "the site is resid_post, not mlp_out"),
         (Steering(v), {"over": "layer,neuron"}, "there is no neuron to choose"),
+        (Steering(v), {"over": "layer", "layers": "0..1"}, "there is no layer 0 to choose"),
         (Blocking(), {"site": "embed"}, "the site is attn_scores, not embed"),
         (Blocking(), {"over": "layer"}, "with all tokens hidden nobody is left"),
         (PathPatching(llama.prompt(5, seed=3)), {"site": "q"}, "the site is head_out, not q"),
