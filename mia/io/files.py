@@ -288,6 +288,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "mia"
 
 
+def remember(path: Path, document: Any, *, keep: int) -> None:
+    """Writes what can be made again into a folder of the cache, of which the `keep` newest files stay.
+    Where nothing can be written, nothing is remembered."""
+    with contextlib.suppress(OSError, FileError, RuntimeError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, document, own=True)
+        for old in sorted(path.parent.glob("*.json"), key=lambda p: p.stat().st_mtime)[:-keep]:
+            old.unlink(missing_ok=True)
+
+
 def read_at(file: int, pos: int, n: int) -> bytes:
     """Up to `n` bytes of an open file from `pos`."""
     if hasattr(os, "pread"):

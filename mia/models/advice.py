@@ -7,7 +7,7 @@ import math
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mia.errors import FileError, MiaError
+from mia.errors import MiaError
 from mia.io import files
 from mia.models import copies
 from mia.models.algebra import file_key
@@ -45,8 +45,7 @@ def advice(model: Model) -> str:
 
 def _noise(model: Model) -> float | None:
     """Nats; None if it cannot be measured on this model."""
-    folder = files.cache_folder() / "noise"
-    file = folder / f"{file_key(model)}.json"
+    file = files.cache_folder() / "noise" / f"{file_key(model)}.json"
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         known = float(json.loads(file.read_text(encoding="utf-8"))["nats"])
         if math.isfinite(known):
@@ -59,10 +58,5 @@ def _noise(model: Model) -> float | None:
         return None
     if not math.isfinite(noise):
         return None
-    with suppress(OSError, FileError):
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(file, {"nats": noise}, own=True)
-        old = sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime)
-        for path in old[:-_REMEMBERED]:
-            path.unlink(missing_ok=True)
+    files.remember(file, {"nats": noise}, keep=_REMEMBERED)
     return noise

@@ -9,8 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from mia.errors import FileError
-from mia.io.files import as_utf8, cache_folder, write_json
+from mia.io.files import as_utf8, cache_folder, remember
 from mia.llama import give_back_memory, library_info
 from mia.models.claims import VERSION, Algebra, Check, check
 from mia.sites import parse
@@ -35,12 +34,7 @@ def algebra(model: Model, engine: Engine) -> Algebra:
         return Algebra(checks, refused, untested, unproved, [int(i) for i in known["vectors"]])
     found = check(model, engine)
     give_back_memory()  # a hundred megabytes of an 8B model's activations
-    with suppress(OSError, FileError, RuntimeError):  # it will be asked again then
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, asdict(found), own=True)
-        old = sorted(file.parent.glob("*.json"), key=lambda p: p.stat().st_mtime)
-        for path in old[:-_REMEMBERED]:
-            path.unlink(missing_ok=True)
+    remember(file, asdict(found), keep=_REMEMBERED)
     return found
 
 
