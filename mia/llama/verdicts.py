@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from mia.errors import FileError
-from mia.io.files import cache_folder, write_json
+from mia.io import files
 
 
 def read_verdicts(name: str) -> dict[str, bool]:
     """The verdicts of a file of the cache folder, by what they are about; none if it cannot be read."""
     try:
-        verdicts = json.loads((cache_folder() / name).read_text())
+        verdicts = json.loads((files.cache_folder() / name).read_text())
     except (OSError, ValueError, RuntimeError):  # RuntimeError: no home
         return {}
     if not isinstance(verdicts, dict):
@@ -24,6 +24,6 @@ def read_verdicts(name: str) -> dict[str, bool]:
 def write_verdicts(name: str, verdicts: Mapping[str, bool]) -> None:
     """If nothing can be written, nothing is remembered."""
     with suppress(OSError, RuntimeError, FileError):
-        file = cache_folder() / name
+        file = files.cache_folder() / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, verdicts, own=True)
+        files.write_json(file, verdicts, own=True)

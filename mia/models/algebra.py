@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from mia.io.files import as_utf8, cache_folder, remember
+from mia.io import files
 from mia.llama import give_back_memory, library_info
 from mia.models.claims import VERSION, Algebra, Check, check
 from mia.sites import parse
@@ -24,7 +24,7 @@ _REMEMBERED = 256
 
 def algebra(model: Model, engine: Engine) -> Algebra:
     """What is remembered of this file's sites, or a new check of them."""
-    file = cache_folder() / "sites" / f"{file_key(model)}.json"
+    file = files.cache_folder() / "sites" / f"{file_key(model)}.json"
     with suppress(OSError, ValueError, TypeError, KeyError, RuntimeError, RecursionError):
         known = json.loads(file.read_text(encoding="utf-8"))
         checks = [Check(**c) for c in known["checks"]]
@@ -34,7 +34,7 @@ def algebra(model: Model, engine: Engine) -> Algebra:
         return Algebra(checks, refused, untested, unproved, [int(i) for i in known["vectors"]])
     found = check(model, engine)
     give_back_memory()  # a hundred megabytes of an 8B model's activations
-    remember(file, asdict(found), keep=_REMEMBERED)
+    files.remember(file, asdict(found), keep=_REMEMBERED)
     return found
 
 
@@ -57,4 +57,4 @@ def file_key(model: Model) -> str:
         VERSION,
         *([f"{len(model.rpc)} RPC servers"] if model.rpc else []),
     ]
-    return hashlib.sha256(as_utf8("\n".join(map(str, parts))).encode()).hexdigest()[:32]
+    return hashlib.sha256(files.as_utf8("\n".join(map(str, parts))).encode()).hexdigest()[:32]
