@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from mia.show.report import Report
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from mia.io.provenance import ModelFacts
     from mia.request import Result
 
@@ -65,6 +67,8 @@ class Generation(Report):
     result: Result
     baseline: Generation | None = None
     written: Sequence[Token] = ()
+    #: whether the text is on the terminal already, as its tokens came
+    is_written: bool = False
     #: more entries for the document: what was changed
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -86,6 +90,11 @@ class Generation(Report):
             {**token.named(), "logprob": round(p, 6)}
             for token, p in zip(self.written, self.logprobs, strict=True)
         ]
+
+    def table(self, width: int) -> RenderableType:
+        from rich.text import Text
+
+        return Text("") if self.is_written else super().table(width)
 
     def plain(self) -> str:
         if self.baseline is None:

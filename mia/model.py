@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from math import prod
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mia.edits import Edit, Tokens, resolve_tokens
+from mia.engine.dry import counting, prompts_only
 from mia.engine.run import Engine
 from mia.errors import ModelError, NotFiniteError, UsageError
 from mia.generation import Generation
@@ -20,14 +21,25 @@ from mia.llama import CACHE_TYPES, LlamaModel
 from mia.llama.c_numbers import c_int, usable_threads
 from mia.llama.open_file import OpenFile
 from mia.models import registry
+from mia.models.adapters import Lora, facts_of, named_adapters, read_adapters
 from mia.notices import notice
 from mia.progress import Progress, step
-from mia.request import Capture, Request, Result, Sampling, TokenMetric, one_or_more
+from mia.request import (
+    Capture,
+    OnResult,
+    OnToken,
+    Request,
+    Result,
+    Sampling,
+    TokenMetric,
+    one_or_more,
+)
 from mia.sites import KINDS, Site, parse
-from mia.vocabulary import Vocabulary
+from mia.vocabulary import Vocabulary, Writer
 
 if TYPE_CHECKING:
     from mia.engine.graph import Topology
+    from mia.engine.stream import Stream
     from mia.io.activations import Activations
     from mia.io.provenance import ModelFacts
     from mia.lenses import LogitLens
@@ -62,6 +74,7 @@ class Model(Vocabulary):
         bos: bool | None = None,
         flash: bool | None = None,
         as_type: str | None = None,
+        lora: Lora | None = None,
     ):
         """Opens a model.
 
@@ -80,9 +93,12 @@ class Model(Vocabulary):
                 the cache is not f32 (it rounds keys and values to f16).
             as_type: f16, bf16 or f32: open a copy of the weights in this type, which is made once
                 and kept (`mia.models.copies`). Its products do not round activations to 8 bits.
+            lora: LoRA adapters (GGUF) that are added to its weights: a file or several, each as
+                "style.gguf" or "style.gguf=0.5" for half of it; or {file: scale}.
 
         Raises:
-            ModelError: no such model, or the file is damaged or not a decoder model.
+            ModelError: no such model, or the file is damaged or not a decoder model; an adapter is
+                damaged or made for another model.
             RangeError: ctx, threads or gpu_layers are out of range.
             UsageError: an unknown type.
             FileError: there is no room for a copy.
@@ -105,6 +121,11 @@ class Model(Vocabulary):
         if n_ctx is not None:
             c_int(n_ctx, "ctx", 1)
         self.threads = usable_threads(threads)
+        self._opened_with = {
+            "ctx": ctx, "threads": threads, "gpu_layers": gpu_layers, "rpc": rpc,
+            "kv_type": kv_type, "bos": bos, "flash": flash, "as_type": as_type, "lora": lora,
+        }  # fmt: skip
+        named = named_adapters(lora)
         from mia.llama.probe import extra_buffers_safe
 
         #: the copy of its weights that is open, None for the file itself
@@ -117,6 +138,9 @@ class Model(Vocabulary):
         llama = LlamaModel(loaded, gpu_layers=layers, extra_bufts=extra_buffers_safe(), rpc=servers)
         # results are of the model; which copy of its weights was run, they say beside it
         self._file = llama.file if loaded == spec.path else OpenFile(spec.path)
+        #: the LoRA adapters that are added to its weights
+        self.adapters = read_adapters(named, llama.file, as_name=spec.name)
+        llama.add(self.adapters)
         super().__init__(llama, spec, bos)
         self.path, self.rpc = spec.path, llama.rpc
         self.n_layer, self.n_embd = self._llama.n_layer, self._llama.n_embd
@@ -140,6 +164,10 @@ class Model(Vocabulary):
             from mia.io.provenance import opened, setup
 
             run.opened(opened(self), setup(self))
+
+    def reopened(self, model: str | Path | None = None, **changes: Any) -> Model:
+        """The same model, or another file, opened once more with the same arguments but `changes`."""
+        return Model(model or self.path, **{**self._opened_with, **changes})
 
     def close(self) -> None:
         """Frees the model, as dropping it does, after the run that another thread may have under
@@ -166,6 +194,11 @@ class Model(Vocabulary):
         return self._llama.metadata()
 
     @property
+    def fuses(self) -> bool:
+        """Whether runs that read no attention patterns use fused attention."""
+        return self._engine.fuses
+
+    @property
     def architecture(self) -> str:
         return self.metadata.get("general.architecture", "unknown")
 
@@ -185,14 +218,25 @@ class Model(Vocabulary):
 
     # -- the one way to the model ----------------------------------------------------
 
-    def run(self, requests: Iterable[Request], *, progress: Progress | None = None) -> list[Result]:
+    def run(
+        self,
+        requests: Iterable[Request],
+        *,
+        progress: Progress | None = None,
+        on_result: OnResult | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[Result]:
         """Runs requests, computing shared work once.
 
-        Calls from several threads take turns. A metric, an edit's function, a hook or `progress`
-        may raise, which ends the run, but cannot run this model itself.
+        Calls from several threads take turns. A metric, an edit's function, a hook, `progress` or
+        `on_result` and `on_token` may raise, which ends the run, but cannot run this model itself.
 
         Args:
             progress: called as requests finish, with how many are done and how many there are.
+            on_result: called as a request finishes, with its index and its result. Requests
+                that share work finish in the order in which they are decoded, not in the list's.
+            on_token: called as each token is chosen, with the request's index and the token's id,
+                in the thread that called `run`.
 
         Raises:
             UsageError: what a request asks for does not fit this model, or this is called by
@@ -201,28 +245,53 @@ class Model(Vocabulary):
         """
         if isinstance(requests, Request):
             raise UsageError("run takes a list of requests; for one: run([request])[0]")
-        requests = one_or_more(requests, Request)
-        if standing := tuple(self.standing_edits):
-            requests = [replace(r, edits=(*standing, *r.edits)) for r in requests]
-        if any(r.edits or r.captures for r in requests):
-            _ = self.site_checks
+        requests = self._prepared(one_or_more(requests, Request))
         if any(isinstance(r.metric, TokenMetric) for r in requests):
             self._engine.token_logits = self._unembedding
+        if (count := counting()) is not None:
+            requests = prompts_only(requests)
         try:
-            return self._engine.run(requests, progress=progress)
+            return self._engine.run(
+                requests, progress=progress, on_result=on_result, on_token=on_token, count=count
+            )
         except NotFiniteError as err:
             if self.copy is None or self.copy.type != "f16":
                 raise
             hint = "f16 ends at 65504, which as_type bf16 does not"
             raise NotFiniteError(f"{err}; {hint}") from err
 
+    def _prepared(self, requests: Sequence[Request]) -> Sequence[Request]:
+        """Requests with what the model adds to every run."""
+        if standing := tuple(self.standing_edits):
+            requests = [replace(r, edits=(*standing, *r.edits)) for r in requests]
+        if any(r.edits or r.captures for r in requests):
+            _ = self.site_checks
+        return requests
+
+    def stream(self, *, cells: int | None = None, n_requests: int | None = None) -> Stream:
+        """A run that stays open: requests join between tokens, each with its own edits, and the
+        beginnings of those that are over stay in its cache for those that go on from there.
+
+        Args:
+            cells: tokens that its cache has room for, by default up to 8192.
+            n_requests: how many run side by side at most.
+
+        Returns:
+            A stream (`mia.engine.stream`), to be closed, or used in a `with` block.
+        """
+        return self._engine.stream(
+            lambda request: self._prepared([request])[0], cells=cells, n_requests=n_requests
+        )
+
     @cached_property
     def site_checks(self) -> Algebra:
         """Whether this model's sites are what they say (`mia.models.claims`): tested when the
         file's sites are used for the first time, and remembered. Sites that are not are no sites
         of this model from then on."""
+        from mia.models.adapters import leave_out_unused
         from mia.models.algebra import algebra
 
+        leave_out_unused(self.adapters, self._engine)
         found = algebra(self, self._engine)
         self._engine.blocks_with_vector = found.vectors
         taken = {**found.unproved, **found.refused}
@@ -245,10 +314,10 @@ class Model(Vocabulary):
 
     @cached_property
     def weights(self) -> Weights:
-        """The file's tensors as float32."""
+        """The file's tensors as float32, with what adapters add to them."""
         from mia.llama.weights import Weights
 
-        return Weights(self._llama.file)
+        return Weights(self._llama.file, self.adapters)
 
     @cached_property
     def _unembedding(self) -> Unembedding | None:
@@ -337,6 +406,7 @@ class Model(Vocabulary):
                 if self.copy is None
                 else {"as_type": self.copy.type, "as_type_note": self.copy.note}
             ),
+            lora=facts_of(self.adapters),
         )
 
     def file_metadata(self, **arguments: Any) -> dict[str, str]:
@@ -418,6 +488,7 @@ class Model(Vocabulary):
         sampling: Sampling | None = None,
         bos: bool | None = None,
         baseline: bool = False,
+        on_text: Callable[[str], None] | None = None,
     ) -> Generation:
         """Continues a prompt; prints as the text.
 
@@ -426,6 +497,7 @@ class Model(Vocabulary):
             edits, captures: changes and reads while it runs.
             sampling: greedy by default.
             baseline: continue the unchanged prompt as well, where there are edits.
+            on_text: called with the text of the changed run as it is written, in whole characters.
         """
         ids = self.ids(prompt, bos=bos)
         request = Request(
@@ -440,8 +512,13 @@ class Model(Vocabulary):
         requests = [request]
         if edits and baseline:
             requests.append(replace(request, edits=(), captures=()))
-        with step("running") as bar:
-            results = self.run(requests, progress=bar)
+        if on_text is not None:
+            writer = Writer(self, on_text)
+            results = self.run(requests, on_token=writer.token)
+            writer.end()
+        else:
+            with step("running") as bar:
+                results = self.run(requests, progress=bar)
         plain = self.generation(ids, results[1]) if len(results) > 1 else None
         return self.generation(ids, results[0], plain)
 

@@ -48,6 +48,8 @@ def _shipped(kind: Literal["contrast", "ab", "tasks"]) -> Callable[[str], list[s
 _BY_NAME = {
     "model": _model,
     "tools.name": _model,
+    "diff.a": _model,
+    "diff.b": _model,
     "site": _site,
     "sites": _site,
     "name": _shipped("tasks"),

@@ -154,6 +154,20 @@ class TokenMetric:
         return self.of(logits[:, list(self.tokens)])
 
 
+class RowMetric:
+    """A `Request.metric` that is given the logits of one position at a time: those of a long prompt
+    are never held together. `Result.value` is the list of what it returned, a value for each position
+    of `Request.logits`."""
+
+    def row(self, i: int, logits: Array) -> Any:
+        """The value of the i-th position asked for, from its logits (n_vocab,), valid only during
+        the call."""
+        raise NotImplementedError
+
+    def __call__(self, logits: Array) -> list[Any]:
+        return [self.row(i, row) for i, row in enumerate(logits)]
+
+
 class TokenLogits(TokenMetric):
     """A metric: the logits of some tokens, (n_positions, n_tokens) float32."""
 
@@ -220,6 +234,7 @@ class Request:
         sampling: how to choose them.
         stop_at_eog: stop where the model ends its turn.
         logprobs: also give each generated token's log-probability, a pass over the vocabulary.
+        top_logprobs: also give the log-probabilities of so many tokens that were the most probable.
     """
 
     tokens: Sequence[int]
@@ -231,6 +246,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop_at_eog: bool = True
     logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         # one edit or capture by itself is a list of one
@@ -263,6 +279,9 @@ class Request:
         object.__setattr__(self, "n_predict", whole(self.n_predict, "n_predict"))
         if self.n_predict < 0:
             raise UsageError(f"n_predict {self.n_predict} is negative")
+        object.__setattr__(self, "top_logprobs", whole(self.top_logprobs, "top_logprobs"))
+        if self.top_logprobs < 0:
+            raise UsageError(f"top_logprobs {self.top_logprobs} is negative")
         if isinstance(self.logits, str) and self.logits not in ("last", "all"):
             raise UsageError(
                 f'logits is {self.logits!r}; "last", "all", None or token indices are known'
@@ -285,6 +304,8 @@ class Result:
         tokens: generated token ids.
         logprobs: natural log-probability of each generated token under the model's full
             distribution (before temperature and cuts), where `Request.logprobs` asks for them.
+        top_logprobs: for each generated token the most probable tokens, best first, as (id, natural
+            log-probability), where `Request.top_logprobs` asks for them.
     """
 
     logits: Array | None = None
@@ -292,6 +313,7 @@ class Result:
     captures: dict[Site, Array] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     by_capture: list[tuple[Capture, dict[Site, Array]]] = field(default_factory=list)
 
     def of(self, capture: Capture) -> dict[Site, Array]:
@@ -311,3 +333,9 @@ class Result:
         except (KeyError, ValueError):
             have = ", ".join(str(s) for s in self.captures) or "nothing"
             raise SiteError(f"no capture of {site}; captured: {have}") from None
+
+
+#: called with the index of a request and its result
+OnResult = Callable[[int, Result], None]
+#: called with a request's index in the list and the token that was chosen for it
+OnToken = Callable[[int, int], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,27 @@ def _length(lead: bytes) -> int:
     )
 
 
+class Writer:
+    """Writes the text of a run's first request as its tokens come, in whole characters."""
+
+    def __init__(self, vocabulary: Vocabulary, write: Callable[[str], None]):
+        self._vocabulary, self._write = vocabulary, write
+        self._decoder = codecs.getincrementaldecoder("utf-8")("mia.bytes")
+
+    def token(self, request: int, token: int) -> None:
+        """One more token of a request (`Model.run(on_token=)`)."""
+        if request == 0 and not self._vocabulary.ends_turn(token):
+            self._tell(self._decoder.decode(self._vocabulary.token_bytes(token)))
+
+    def end(self) -> None:
+        """Writes what is left: bytes that are no whole character."""
+        self._tell(self._decoder.decode(b"", True))
+
+    def _tell(self, text: str) -> None:
+        if text:
+            self._write(text)
+
+
 class Vocabulary:
     """The part of `Model` that reads and writes text.
 
@@ -99,6 +120,16 @@ class Vocabulary:
                 if len(ids) == 1:
                     return ids[0]
         return bos
+
+    @property
+    def eos_token(self) -> int:
+        """The token that ends a text, -1 for none."""
+        return self._llama.special("eos")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's chat template: what models.toml says, else the file's."""
+        return self.spec.chat_template or self._llama.chat_template() or None
 
     @property
     def adds_bos(self) -> bool:
@@ -188,7 +219,7 @@ class Vocabulary:
         """
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        template = self.spec.chat_template or self._llama.chat_template()
+        template = self.chat_template
         if not template:
             raise UsageError(f"{self.name} has no chat template")
         turns = (
@@ -243,6 +274,10 @@ class Vocabulary:
     def has_bos(self, tokens: Sequence[int]) -> bool:
         """Whether a prompt begins with a BOS token."""
         return self.bos_token >= 0 and tokens[0] == self.bos_token
+
+    def ends_turn(self, token: int) -> bool:
+        """Whether the model ends its turn, or the text, with this token."""
+        return self._llama.is_eog(token)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Generated tokens as text, without the token that ended the turn."""

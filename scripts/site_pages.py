@@ -24,13 +24,16 @@ ORDER = (
 GUIDE = (
     "install",
     "models",
+    "serve",
     "devices",
     "first-look",
+    "explore",
     "sites-and-edits",
     "patching",
     "heads",
     "steering",
     "tasks",
+    "pictures",
     "files",
     "python",
 )

@@ -18,3 +18,8 @@ def own(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
 def wrong(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     """One that keeps the pairs apart."""
     return positive - negative
+
+
+def top_logit(logits: np.ndarray) -> float:
+    """A metric."""
+    return float(logits[-1].max())

@@ -7,7 +7,7 @@ from benchmarks.__main__ import GROUPS
 from benchmarks.harness import Bench
 
 #: the other groups start processes and read prompts of the real model
-ON_A_TINY_MODEL = ("heads", "steer", "steering", "tasks")
+ON_A_TINY_MODEL = ("heads", "sweep", "steer", "steering", "tasks")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from reference import ELSEWHERE, UNTOUCHED, check, check_same, check_untouched, 
 from tiny import CASES, MIXTURES, Tiny, logits
 
 from mia import edits
-from mia.cli.steer import ALIASES
+from mia.cli._groups import ALIASES
 from mia.edits import OPERATORS, Edit, Function, Tokens
 from mia.errors import EngineError, RangeError, SiteError, UsageError
 from mia.request import Capture, Request, Result

@@ -28,6 +28,7 @@ from reliability.inputs import inputs
 from reliability.memory import memory
 from reliability.part import Options, Part
 from reliability.requests import Pair, odd_limits, repeat, requests, run_group
+from reliability.serving import serving
 from reliability.signals import signals
 from reliability.threads import threads
 from reliability.workers import work
@@ -52,7 +53,8 @@ def pair(llama: Tiny) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("part", "n"), [(requests, 200), (inputs, 500), (memory, 60), (threads, 7), (signals, 2)]
+    ("part", "n"),
+    [(requests, 200), (inputs, 500), (memory, 60), (threads, 7), (signals, 2), (serving, 60)],
 )
 def test_a_short_run_finds_nothing(tmp_path: Path, part: Callable[[Options], Part], n: int) -> None:
     got = part(asked(tmp_path, n, seed=int.from_bytes(part.__name__.encode(), "big") % 1000))

@@ -31,6 +31,7 @@ def open_model(o: ModelOptions, *, small_effects: bool = False) -> Model:
         gpu_layers=o.gpu_layers,
         rpc=o.rpc,
         as_type=o.as_type,
+        lora=o.lora,
     )
     if o.gpu_layers and not m.rpc and library_info()["gpu"] == "no":
         notice("--gpu-layers does nothing: this llama.cpp was built for the CPU alone")

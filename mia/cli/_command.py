@@ -21,6 +21,7 @@ import typer.core
 
 from mia.errors import UsageError
 from mia.names import completion
+from mia.show.report import PICTURES, check_ending, endings, save_report
 from mia.show.streams import on_terminal, say, write_data, write_document, write_table
 from mia.show.text import safe
 
@@ -100,7 +101,13 @@ JsonOption = Annotated[bool, option("--json", help="Print one JSON document.", p
 QuietOption = Annotated[bool, option("-q", "--quiet", help="No notices on stderr.", panel=OUTPUT)]
 OutOption = Annotated[
     str | None,
-    option("-o", "--out", help="Write the result to a file instead of stdout.", panel=OUTPUT),
+    option(
+        "-o",
+        "--out",
+        help="Write the result to a file instead of stdout: .json, .csv (its rows), .html (a page), or "
+        "a picture where there is one (.png, .svg, .pdf).",
+        panel=OUTPUT,
+    ),
 ]
 
 
@@ -127,6 +134,9 @@ def command(
     panel: str | None = None,
     plot: bool = False,
     page: bool = False,
+    report: bool = True,
+    rows: bool = False,
+    files: Sequence[str] = (),
     examples: Sequence[str] = (),
     hint: str | None = None,
 ) -> Callable[[Callable[..., Report | None]], Callable[..., Report | None]]:
@@ -135,7 +145,11 @@ def command(
 
     Args:
         panel: the heading under which `mia --help` lists it.
-        plot: the report has a picture; page: also an .html page.
+        report: whether it returns one; else only -q is added.
+        plot: the report has a picture; page: --plot also takes an .html page.
+        rows: the function's parameter `rows` is the file of -o if that is a .jsonl, which the
+            function writes itself.
+        files: endings that -o takes besides those of every report.
         examples: command lines for the end of its help.
         hint: a line on stderr after the report was shown to a person.
     """
@@ -148,10 +162,10 @@ def command(
         own = [
             p.replace(annotation=hints[n], kind=inspect.Parameter.KEYWORD_ONLY)
             for n, p in signature.items()
-            if n not in groups
+            if n not in groups and not (rows and n == "rows")
         ]
-        output: list[type] = [_JSON, _QUIET]
-        if "out" not in signature:
+        output: list[type] = [_JSON, _QUIET] if report else [_QUIET]
+        if report and "out" not in signature:
             output.insert(1, _OUT)
         if (plot or page) and "plot" not in signature:
             output.append(_PLOT_OR_PAGE if page else _PLOT)
@@ -160,15 +174,21 @@ def command(
         for group in (*groups.values(), *output):
             optional.extend(_unfolded(group))
         names = [f.name for kind in output for f in fields(kind)]
+        picture = plot or page or "plot" in signature
+        others = (*files, ".jsonl") if rows else files
+        known = None if "out" in signature else endings(picture=picture, own=others)
 
         @functools.wraps(function)
         def call(**values: Any) -> None:
             output = {n: values.pop(n) for n in names}
+            if rows:
+                output["rows"] = values["rows"] = _rows_file(output["out"])
             if "plot" in signature:
                 output["plot"] = values["plot"]
+                values["plot"] = values["plot"] or _picture(output.get("out"))
             for n, group in groups.items():
                 values[n] = group(**{f.name: values.pop(f.name) for f in fields(group)})
-            deliver(lambda: function(**values), output, page=page, hint=hint)
+            deliver(lambda: function(**values), output, known=known, page=page, hint=hint)
 
         parameters = [*required, *optional]
         for p in parameters:
@@ -185,6 +205,10 @@ def command(
         return function
 
     return register
+
+
+def _rows_file(out: str | None) -> str | None:
+    return out if out is not None and out.lower().endswith(".jsonl") else None
 
 
 def joined(text: str) -> str:
@@ -216,6 +240,7 @@ def deliver(
     make: Callable[[], Report | None],
     output: dict[str, Any],
     *,
+    known: Sequence[str] | None = None,
     page: bool = False,
     hint: str | None = None,
 ) -> None:
@@ -223,6 +248,7 @@ def deliver(
 
     Args:
         output: the values of the options of output.
+        known: how the name of the report's file may end; by default as that of every report.
         page: a picture may be an .html page.
         hint: a notice after the report was shown to a person.
     """
@@ -233,7 +259,7 @@ def deliver(
         reports.append(make())
         return
     with _library_messages(quiet=output["quiet"]):
-        _check_output(output, page)
+        _check_output(output, endings(picture=False) if known is None else known, page)
         report = make()
         if report is not None:
             _write_or_show(report, output)
@@ -271,12 +297,19 @@ def _library_messages(*, quiet: bool) -> Iterator[None]:
         yield
 
 
-def _check_output(output: dict[str, Any], page: bool) -> None:
-    """Sees before any work that the files can be written."""
-    if output.get("out") is not None:
-        from mia.io.files import check_writable
+def _picture(out: str | None) -> str | None:
+    """`out` if it is to be a picture."""
+    return out if out is not None and out.lower().endswith(PICTURES) else None
 
-        check_writable(output["out"])
+
+def _check_output(output: dict[str, Any], known: Sequence[str], page: bool) -> None:
+    """Sees before any work that the files can be written."""
+    if (out := output.get("out")) is not None:
+        from mia.io.files import check_writable
+        from mia.show.plots import check_picture
+
+        check_ending(out, known)
+        check_picture(out) if _picture(out) else check_writable(out)
     if output.get("plot") is not None:
         from mia.show.plots import check_picture
 
@@ -286,23 +319,20 @@ def _check_output(output: dict[str, Any], page: bool) -> None:
 def _write_or_show(report: Report, output: dict[str, Any]) -> None:
     """Writes the report to the requested files; without --json or -o, prints it."""
     from mia.io import runs
-    from mia.io.files import write_json
+    from mia.methods.rerun import again
     from mia.notices import notice
-    from mia.show.report import Report as Plain
 
     run = runs.current()
-    entry = {} if run is None else {"run": run.document()}
+    entry = None if run is None else run.document()
     if (picture := output.get("plot")) is not None:
         report.plot(picture)
         notice(f"wrote {picture}")
     if (out := output.get("out")) is not None:
-        if type(report).save is Plain.save or out.endswith(".json"):
-            write_json(out, {**report.document(), **entry})
-        else:  # a file of its own kind
-            report.save(out)
+        if output.get("rows") is None:  # else it is there already
+            save_report(report, out, entry, None if run is None else again(run))
         notice(f"wrote {out}")
     if output["json"]:
-        write_document({**report.document(), **entry})
+        write_document({**report.document(), **({"run": entry} if entry else {})})
     elif out is None:
         show(report)
 

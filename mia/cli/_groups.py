@@ -9,11 +9,49 @@ import typer
 
 from mia.cli._command import option
 
+#: other names of operators
+ALIASES = {"ablate": "project_out", "ablate-add": "project_out_add"}
+
 MODEL, PROMPT, GENERATION, CHANGES = "Model", "Prompt", "Generation", "Changes while it runs"
 
 
 ThreadsOption = Annotated[
     int | None, option("-t", "--threads", help="Processors to use.", panel=MODEL, min=1)
+]
+GpuLayersOption = Annotated[
+    int | None, option("--gpu-layers", help="Blocks on the GPU, -1 for all.", panel=MODEL)
+]
+RpcOption = Annotated[
+    str | None,
+    option(
+        "--rpc",
+        help="Put its blocks on RPC servers: host:port[,host:port]. No encryption.",
+        panel=MODEL,
+        envvar="MIA_RPC",
+    ),
+]
+CtxOption = Annotated[
+    int | None, option("--ctx", help="Longest prompt with its continuation.", panel=MODEL, min=1)
+]
+AsOption = Annotated[
+    Literal["f16", "bf16", "f32"] | None,
+    option(
+        "--as",
+        help="Run a copy of the weights in this type, made once and kept (mia models cache): "
+        "activations are not rounded to 8 bits. Pays for many rows, as in sweeps; costs where "
+        "tokens are generated one by one, about twice the time of a 4-bit file.",
+        panel=MODEL,
+    ),
+]
+LoraOption = Annotated[
+    list[str] | None,
+    option(
+        "--lora",
+        help="A LoRA adapter (.gguf) to add to the weights, =0.5 behind its name for half of "
+        "it. May be repeated.",
+        panel=MODEL,
+        metavar="FILE[=SCALE]",
+    ),
 ]
 
 
@@ -30,32 +68,11 @@ class ModelOptions:
         ),
     ] = "smollm2"
     threads: ThreadsOption = None
-    gpu_layers: Annotated[
-        int | None, option("--gpu-layers", help="Blocks on the GPU, -1 for all.", panel=MODEL)
-    ] = None
-    rpc: Annotated[
-        str | None,
-        option(
-            "--rpc",
-            help="Put its blocks on RPC servers: host:port[,host:port]. No encryption.",
-            panel=MODEL,
-            envvar="MIA_RPC",
-        ),
-    ] = None
-    ctx: Annotated[
-        int | None,
-        option("--ctx", help="Longest prompt with its continuation.", panel=MODEL, min=1),
-    ] = None
-    as_type: Annotated[
-        Literal["f16", "bf16", "f32"] | None,
-        option(
-            "--as",
-            help="Run a copy of the weights in this type, made once and kept (mia models cache): "
-            "activations are not rounded to 8 bits. Pays for many rows, as in sweeps; costs where "
-            "tokens are generated one by one, about twice the time of a 4-bit file.",
-            panel=MODEL,
-        ),
-    ] = None
+    gpu_layers: GpuLayersOption = None
+    rpc: RpcOption = None
+    ctx: CtxOption = None
+    as_type: AsOption = None
+    lora: LoraOption = None
 
 
 @dataclass
@@ -133,6 +150,13 @@ SteerOption = Annotated[
         "May be repeated.",
         panel=CHANGES,
     ),
+]
+SteerCoeffOption = Annotated[
+    float | None, option("--steer-coeff", help="How much of it; default 1.", panel=CHANGES)
+]
+SteerLayersOption = Annotated[
+    str | None,
+    option("--steer-layers", help="Layers to steer at; default: all it has.", panel=CHANGES),
 ]
 
 
@@ -218,14 +242,8 @@ class ChangeOptions:
         ),
     ] = None
     steer: SteerOption = None
-    steer_coeff: Annotated[
-        float | None,
-        option("--steer-coeff", help="How much of it; default 1.", panel=CHANGES),
-    ] = None
-    steer_layers: Annotated[
-        str | None,
-        option("--steer-layers", help="Layers to steer at; default: all it has.", panel=CHANGES),
-    ] = None
+    steer_coeff: SteerCoeffOption = None
+    steer_layers: SteerLayersOption = None
 
 
 # -- single options ------------------------------------------------------------------------
@@ -234,6 +252,15 @@ CoeffOption = Annotated[
     str | None,
     option("--coeff", help="How much of it: 2, or several like 0.5,1,2; default 1.", panel=CHANGES),
 ]
+KlBudgetOption = Annotated[
+    float | None,
+    option(
+        "--kl-budget",
+        help="Choose the coefficient of largest size whose mean KL from the unchanged run is at most "
+        "this (nats per token); default: among those of --coeff, or a list of usual ones.",
+        panel=CHANGES,
+    ),
+]
 PromptsOption = Annotated[int, typer.Option("--prompts", help="Prompts to average over.", min=1)]
 LayersOption = Annotated[str | None, typer.Option("--layers", help="Layers: 3,7 or 10..20.")]
 HeadsOption = Annotated[
@@ -241,6 +268,9 @@ HeadsOption = Annotated[
 ]
 TopOption = Annotated[
     int, typer.Option("-k", "--top-k", help="How many of the best to list.", min=1)
+]
+NullOption = Annotated[
+    int, typer.Option("--null", help="Changes by 1e-5 that measure the noise floor.", min=0)
 ]
 TokensOption = Annotated[
     str | None, typer.Option("--token-idx", help="Tokens of the prompt: -1, 3..7, 1,4.")

@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
         panel=PANEL,
         plot=True,
         page=True,
+        files=[".safetensors"],
         examples=[
             "mia attention -p 'The capital of France is' --bos --layers 3,4 -k 3",
             "mia attention -p 'The capital of France is' --bos --heads 18.6,3.* --plot maps.html",

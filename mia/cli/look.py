@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -88,6 +88,10 @@ def logit_lens(
             help="--no-norm leaves out the division by the RMS, as the first tool did.",
         ),
     ] = True,
+    colour_by: Annotated[
+        Literal["probability", "entropy"],
+        typer.Option("--colour-by", "--color-by", help="What a picture's colours say."),
+    ] = "probability",
 ) -> Report:
     """What each layer would say next: final norm and unembedding applied to any residual (nostalgebraist 2020)."""
     from mia.methods import logit_lens as method
@@ -104,6 +108,7 @@ def logit_lens(
             tokens="*" if token_idx is None else token_idx,
             edits=changed.edits(m, ids),
             norm=norm,
+            colour_by=colour_by,
         )
 
 

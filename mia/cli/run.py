@@ -17,6 +17,7 @@ from mia.cli._groups import (
 )
 from mia.errors import UsageError
 from mia.show.report import Report
+from mia.show.streams import on_terminal, write_part
 
 PANEL = "Run and change"
 
@@ -56,6 +57,8 @@ def run(
     baseline: BaselineOption = True,
 ) -> Report:
     """Continue a prompt, with any changes and captures together."""
+    from dataclasses import replace
+
     from mia.io.files import check_writable
     from mia.methods.patching import today
     from mia.notices import notice
@@ -70,6 +73,7 @@ def run(
         edits = changed.edits(m, ids)
         if not edits and given("baseline"):
             notice("nothing is changed, so that there is one run with or without --baseline")
+        live = on_terminal() and not (given("json") or given("out") or (edits and baseline))
         report = m.generate(
             ids,
             generation.n_predict,
@@ -77,11 +81,12 @@ def run(
             captures=[capture for capture, _ in saves],
             sampling=sampling(generation),
             baseline=baseline,
+            on_text=write_part if live else None,
         )
         for capture, file in saves:
             m.activations(ids, report.result, capture).save(file)
             notice(f"wrote {file}")
-        return report
+        return replace(report, is_written=True) if live else report
 
 
 def patch(

@@ -10,10 +10,12 @@ import typer
 from mia.cli._build import open_model, prompt_ids, sampling
 from mia.cli._command import command, option
 from mia.cli._groups import (
+    ALIASES,
     CHANGES,
     BaselineOption,
     CoeffOption,
     GenerationOptions,
+    KlBudgetOption,
     ModelOptions,
     PromptOptions,
     SampledOptions,
@@ -25,9 +27,6 @@ if TYPE_CHECKING:
 
 PANEL = "Run and change"
 _PROMPT = "-p 'I went to the cinema and the film was' --bos"
-
-#: other names of operators
-ALIASES = {"ablate": "project_out", "ablate-add": "project_out_add"}
 
 VectorsArgument = Annotated[
     list[str], typer.Argument(help='Vector files, or arithmetic: "a.gguf - 0.5*b.gguf".')
@@ -97,15 +96,7 @@ def steer(
     generation: GenerationOptions,
     change: SteerOptions,
     vectors: VectorsArgument,
-    kl_budget: Annotated[
-        float | None,
-        option(
-            "--kl-budget",
-            help="Choose, among the coefficients of --coeff (default 0.25 to 16), the one of "
-            "largest size whose mean KL from the unsteered run is at most this (nats per token).",
-            panel=CHANGES,
-        ),
-    ] = None,
+    kl_budget: KlBudgetOption = None,
     baseline: BaselineOption = True,
 ) -> Report:
     """Continue a prompt while vectors are added to what the model computes; several coefficients

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from mia.cli._groups import (
     CoeffOption,
     LayersOption,
     ModelOptions,
+    NullOption,
     PromptOptions,
     SeedOption,
     TokensOption,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 CHANGE = "What is changed: one of these"
 PATCHING = "Patching"
+LONG = "Long work"
 
 
 @dataclass
@@ -99,6 +101,32 @@ class ExperimentOptions:
     ] = 10
 
 
+@dataclass
+class WorkOptions:
+    explain: Annotated[
+        bool,
+        option("--explain", help="Say what it would cost, and run nothing.", panel=LONG),
+    ] = False
+    resume: Annotated[
+        bool,
+        option("--resume", help="Go on with the FILE.jsonl of -o, if it is there.", panel=LONG),
+    ] = False
+    shard: Annotated[
+        str | None,
+        option("--shard", help="Only one of several parts: 3/16 (see mia merge).", panel=LONG),
+    ] = None
+    batch_mem: Annotated[
+        int,
+        option(
+            "--batch-mem", help="Memory for cells that run together, in MiB.", panel=LONG, min=1
+        ),
+    ] = 256
+    dask: Annotated[
+        str | None,
+        option("--dask", help="Run on the workers of this scheduler: tcp://HOST:PORT.", panel=LONG),
+    ] = None
+
+
 def register(app: typer.Typer) -> None:
     prompt = "-p 'The Eiffel Tower is in the city of' --bos --answer ' Paris'"
     command(
@@ -106,19 +134,29 @@ def register(app: typer.Typer) -> None:
         "sweep",
         panel="Look inside",
         plot=True,
+        rows=True,
         examples=[
             f"mia sweep {prompt} --swap 'Eiffel Tower=Colosseum' --align end --against ' Rome'",
             f"mia sweep {prompt} --noise-on 'Eiffel Tower' --at mlp_out --layer-window 10",
             f"mia sweep {prompt} --zero --at head_out --over layer,head --token-idx -1",
             f"mia sweep {prompt} --block-keys --layer-window 5 --plot blocked.png",
+            "mia sweep --pairs ioi.jsonl --bos -o rows.jsonl --resume",
         ],
     )(sweep)
+    command(
+        app,
+        "merge",
+        panel="Look inside",
+        plot=True,
+        examples=["mia merge 1.jsonl 2.jsonl 3.jsonl -o all.jsonl"],
+    )(merge)
 
 
 def sweep(
     model: ModelOptions,
     prompt: PromptOptions,
     change: ExperimentOptions,
+    work: WorkOptions,
     over: Annotated[
         str, typer.Option("--over", help="Axes: layer, head, token, site, neuron, coeff.")
     ] = "layer,token",
@@ -153,18 +191,18 @@ def sweep(
             "--layer-window", help="How many layers around a cell's change with it.", min=1
         ),
     ] = 1,
-    null: Annotated[
-        int, typer.Option("--null", help="Changes by 1e-5 that measure the noise floor.", min=0)
-    ] = 12,
+    null: NullOption = 12,
     seed: SeedOption = 0,
     top_k: TopOption = 10,
+    rows: str | None = None,
 ) -> Report:
     """Change one run along axes: a number for each cell, all cells of a prompt side by side.
 
     Some more cells, changed by 1e-5, measure the noise floor; cells within it are left blank.
+    With -o FILE.jsonl each cell is written as a line of JSON as soon as it is known.
     """
     from mia.measure.answers import needs
-    from mia.methods.sweep import sweep as method
+    from mia.methods.sweep import explain, sweep as method
     from mia.ranges import parse_numbers
     from mia.sweeps.axes import axis_names
 
@@ -172,25 +210,45 @@ def sweep(
     axis_names(over)
     if metric is not None:
         needs(metric)
+    if work.explain:
+        refuse(("resume", "dask", "plot"), "is of a sweep that runs, and --explain runs none")
+        if rows is not None:
+            raise UsageError("--explain writes no rows; give -o FILE.json, or none")
+    asked: dict[str, Any] = {
+        "over": over,
+        "answer": unescaped(answer),
+        "against": unescaped(against or ""),
+        "metric": metric,
+        "site": None if at is None else at.split(","),
+        "layers": layers,
+        "tokens": token_idx,
+        "heads": head_idx,
+        "neurons": neurons,
+        "coeffs": None if coeff is None else parse_numbers(coeff, "--coeff"),
+        "window": layer_window,
+        "null": null,
+        "memory": work.batch_mem << 20,
+        "shard": work.shard,
+    }
     with open_model(model, small_effects=True) as m:
-        return method(
-            m,
-            None if kind == "pairs" else prompt_ids(m, prompt),
-            _experiment(m, prompt, change, kind, seed),
-            over=over,
-            answer=unescaped(answer),
-            against=unescaped(against or ""),
-            metric=metric,
-            site=None if at is None else at.split(","),
-            layers=layers,
-            tokens=token_idx,
-            heads=head_idx,
-            neurons=neurons,
-            coeffs=None if coeff is None else parse_numbers(coeff, "--coeff"),
-            window=layer_window,
-            null=null,
-            k=top_k,
-        )
+        ids = None if kind == "pairs" else prompt_ids(m, prompt)
+        experiment = _experiment(m, prompt, change, kind, seed)
+        if work.explain:
+            return explain(m, ids, experiment, **asked)
+        long: dict[str, Any] = {"rows": rows, "resume": work.resume, "dask": work.dask}
+        return method(m, ids, experiment, k=top_k, **asked, **long)
+
+
+def merge(
+    files: Annotated[list[str], typer.Argument(help="Files of mia sweep --shard I/N.")],
+    out: Annotated[str, typer.Option("-o", "--out", help="Write this file.")],
+) -> Report:
+    """Join the shards of a sweep: the same file as if it had been written at once."""
+    from mia.methods.sweep import merge as method
+    from mia.show.report import check_ending
+
+    check_ending(out, [".jsonl"])
+    return method(files, out)
 
 
 _KINDS = ("corrupt", "swap", "noise_on", "pairs", "zero", "mean_of", "add", "block_keys")

@@ -44,6 +44,12 @@ def register(app: typer.Typer) -> None:
             "mia run -p 'The capital of France is' --bos -o paris.json && mia replay paris.json"
         ],
     )(replay)
+    command(
+        app,
+        "report",
+        panel=PANEL,
+        examples=["mia report sweep.json lens.json heads.json -o report.html"],
+    )(report)
     examples = ["mia rpc-server &", "mia run --rpc 127.0.0.1:50052 -p 'The capital of France is'"]
     about = joined(rpc_server.__doc__ or "")
     app.command("rpc-server", rich_help_panel=PANEL, help=about, epilog=epilog(examples))(
@@ -76,6 +82,19 @@ def pull(
     from mia.models import reports
 
     return reports.pull(name)
+
+
+def report(
+    results: Annotated[
+        list[str],
+        typer.Argument(help="Results: the .json files of commands, the .jsonl of sweeps."),
+    ],
+    title: Annotated[str, typer.Option("--title", help="The page's title.")] = "",
+) -> Report:
+    """Show saved results on one page that can be sent: maps to hover, tables, what made them, commands."""
+    from mia.methods import results as method
+
+    return method.results(results, title=title)
 
 
 def convert(
@@ -119,6 +138,7 @@ def doctor(
         "gpu_layers": o.gpu_layers,
         "rpc": o.rpc,
         "as_type": o.as_type,
+        "lora": o.lora,
     }
     return method.doctor(file or o.model, speed=speed, **opening)
 

@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
     command(
         group,
         "show",
+        files=[".gguf", ".safetensors"],
         examples=["mia vector show love.gguf", "mia vector show 'love.gguf - v.gguf'"],
     )(show)
     command(
@@ -117,7 +118,7 @@ def show(
     from mia.vectors.report import inspect
 
     if not top_k:
-        refuse(("model", "gpu_layers", "rpc", "ctx"), "needs a model, and -k 0 opens none")
+        refuse(("model", "gpu_layers", "rpc", "ctx", "lora"), "needs a model, and -k 0 opens none")
         return inspect(file)
     with open_model(model) as m:
         return inspect(file, m, k=top_k)

@@ -9,7 +9,7 @@ import numpy as np
 from mia.arrays import Array
 from mia.engine.finite import check_capture, check_logits
 from mia.engine.jobs import Job, Read
-from mia.request import Result, TokenMetric
+from mia.request import Result, RowMetric, TokenMetric
 from mia.sites import BY_KEY, Site
 
 
@@ -39,13 +39,18 @@ class Answer:
 
     def put_logits(self, i: int, row: Array) -> None:
         """Row i of the logits asked for. With the last of them they go to the metric, or stay."""
+        metric = self.job.request.metric
+        if isinstance(metric, RowMetric):
+            if self.result.value is None:
+                self.result.value = [None] * len(self.job.logit_positions)
+            self.result.value[i] = metric.row(i, row)
+            return
         if self._logits is None:
             self._logits = np.empty((len(self.job.logit_positions), len(row)), np.float32)
         self._logits[i] = row
         self._logits_left -= 1
         if self._logits_left:
             return
-        metric = self.job.request.metric
         if metric is None:
             self.result.logits = self._logits
         else:

@@ -78,7 +78,8 @@ def block_end(graph: Graph, layer: int, n_layer: int) -> int | None:
 def _is_sum(graph: Graph, index: int) -> bool:
     n = graph.nodes[index]
     inner, _ = _unscaled(graph, n.addr)
-    return graph.node(inner).op == "ADD" and n.ne[2] == n.ne[3] == 1
+    added = graph.node(inner)
+    return added.op == "ADD" and not graph.is_added(added) and n.ne[2] == n.ne[3] == 1
 
 
 def _unscaled(graph: Graph, addr: int) -> tuple[int, list[float | str]]:
@@ -171,10 +172,12 @@ class Block:
         return Part(None, "the block's output is not a sum of residual, attention and MLP")
 
     def _expand(self, addr: int, *, top: bool = False) -> _Term:
-        """The sum at `addr`; a bias or a control vector is no term of its own."""
+        """The sum at `addr`; a bias, a control vector or an adapter's part is no term of its own."""
         graph = self._graph
         addr = graph.whole(addr)
         if addr == self._pre_given or graph.is_leaf(addr) or graph.node(addr).op != "ADD":
+            return _Term(addr)
+        if graph.is_added(graph.node(addr)):
             return _Term(addr)
         a, b = graph.node(addr).src[:2]
         if graph.is_weight(b) or graph.is_weight(a):
@@ -384,7 +387,7 @@ class Block:
             return Part(None, "this block has no softmax attention")
         graph, index = self._graph, self._kqv
         while True:
-            users = graph.users[graph.nodes[index].addr]
+            users = graph.readers(graph.nodes[index].addr)
             if len(users) != 1:
                 return Part(self._kqv)
             user = graph.nodes[users[0]]
@@ -442,7 +445,7 @@ class Block:
             return None
         index = kernels[0]
         while True:
-            users = graph.users[graph.nodes[index].addr]
+            users = graph.readers(graph.nodes[index].addr)
             if len(users) != 1 or graph.nodes[users[0]].op not in ("PERMUTE", "CONT", "RESHAPE"):
                 return index
             index = users[0]

@@ -78,7 +78,7 @@ class Ledger:
     def __init__(self, cache: Cache, *, budget: int, n_sequences: int, has_window: bool = False):
         """`has_window`: llama.cpp takes back the cells of a sequence that a sliding window has left
         behind. So only the last to start may go on in its parent's sequence."""
-        self._cache, self._has_window = cache, has_window
+        self.cache, self._has_window = cache, has_window
         self.budget, self.n_sequences = budget, n_sequences
         #: cells that are in use or reserved
         self.booked = 0
@@ -165,12 +165,12 @@ class Ledger:
             return branch.sequence, True
         assert self.free, "a child was let in without a sequence for it"
         sequence = self.free.pop()
-        self._cache.seq_cp(branch.sequence, sequence, branch.end)
+        self.cache.seq_cp(branch.sequence, sequence, branch.end)
         return sequence, False
 
     def _give_back(self, sequence: int, lender: Branch | None) -> None:
         first = 0 if lender is None else lender.end
-        self._cache.seq_rm(sequence, first)
+        self.cache.seq_rm(sequence, first)
         if lender is None:
             self.free.append(sequence)
         else:

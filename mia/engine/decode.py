@@ -39,16 +39,22 @@ class Decoder:
     ):
         self._session, self._context = session, session.context
         self._edits, self._buffers = edits, buffers
-        sites = [*edits.values(), *(s for read in buffers for s in read.sites)]
-        self._track_cells = any(site.name in BY_KEY for site in sites)
-        self._changed = bool(edits)
-        self._logits_edited = any(site.name == "logits" for site in edits.values())
         #: for each row of the batch, its place among the outputs
         self._output_index: IntArray = np.empty(0, np.intp)
         #: of the coming decode
         self._visits: Visits | None = None
         #: what the tracer expects as long as the same generations go on, at the same graph
         self._standing: tuple[Visits, Sequence[Generation], Variant] | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """To be called when other edits or buffers are in use than before."""
+        edits = self._edits
+        sites = [*edits.values(), *(s for read in self._buffers for s in read.sites)]
+        self._track_cells = any(site.name in BY_KEY for site in sites)
+        self._changed = bool(edits)
+        self._logits_edited = any(site.name == "logits" for site in edits.values())
+        self._standing = None
 
     def decode(self, batch: Batch) -> None:
         """Decodes a batch, edits and captures included.

@@ -166,6 +166,12 @@ class Topology:
         )
         if index is None:
             return Part(None, "the graph looks up no token embeddings")
+        while added := [
+            u
+            for u in self.graph.users[self.nodes[index].addr]
+            if self.graph.is_added(self.nodes[u]) and self.nodes[u].src[0] == self.nodes[index].addr
+        ]:
+            index = added[0]
         users = [self.nodes[u] for u in self.graph.users[self.nodes[index].addr]]
         scaled = next((u for u in users if u.op == "SCALE"), None)
         factor = "" if scaled is None else f"before its scale of {scaled.param_f32(0):g}"

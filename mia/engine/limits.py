@@ -46,6 +46,20 @@ def sequences(n_jobs: int, n_vocab: int) -> int:
     return min(MAX_SEQUENCES, enough, max(MIN_OUTPUTS, LOGITS_BYTES // (4 * n_vocab)))
 
 
+#: Of a stream (`mia.engine.stream`): cells of its cache, as far as `KV_BYTES` allows; requests that run
+#: side by side; sequences beside them whose prefixes stay for later requests, in at most a part of the
+#: cells. More of each serve more conversations, and every row attends over all cells in use where
+#: attention is not fused. Guarded by "8 clients at once / one after the other" (serve).
+STREAM_CELLS = 8192
+STREAM_REQUESTS = 16
+STREAM_KEPT = 16
+STREAM_KEPT_PART = 0.5
+
+#: A request shares a prefix of a stream that is at least so long, and waits for one that is being
+#: decoded if that spares it WAIT_ROWS rows. No row guards them.
+SHARED_ROWS = 4
+WAIT_ROWS = 16
+
 #: A segment with this many `Output.STATES` rows has them decoded apart from those whose logits are
 #: read, so that the unembedding (a fifth of a small model's work) is left out for them. Below that
 #: one more decode costs more. No row guards it: no row of the bench reads both the last block's

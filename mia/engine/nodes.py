@@ -97,6 +97,32 @@ class Graph:
         """Whether a leaf is looked at, directly or in another shape, as the file's matrices are."""
         return self.is_leaf(self.root(addr))
 
+    def is_added(self, n: Node) -> bool:
+        """Whether a node adds what a LoRA adapter makes of a product's input to the product."""
+        if n.op != "ADD" or len(n.src) < 2 or self.is_leaf(n.src[1]):
+            return False
+        scaled = self.node(n.src[1])
+        if scaled.op != "SCALE" or self.is_leaf(scaled.src[0]):
+            return False
+        product = self.node(scaled.src[0])
+        return product.op in _PRODUCTS and self.node(product.src[0]).name.endswith(".lora_b")
+
+    def adapted(self) -> set[str]:
+        """Names of the weights to whose products, or rows, adapters add something."""
+        leaves = (self.node(s).name for n in self.nodes for s in n.src[:1] if self.is_leaf(s))
+        return {n.removesuffix(".lora_a") for n in leaves if n.endswith(".lora_a")}
+
+    def readers(self, addr: int) -> list[int]:
+        """Indices of the nodes that read a node, without the products of LoRA adapters."""
+        return [
+            i
+            for i in self.users[addr]
+            if not (
+                self.nodes[i].op in _PRODUCTS
+                and self.node(self.nodes[i].src[0]).name.endswith(".lora_a")
+            )
+        ]
+
     def picks_outputs(self, n: Node) -> bool:
         """Whether a node takes the rows whose logits were asked for."""
         return (

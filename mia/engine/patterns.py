@@ -8,6 +8,7 @@ that its key was stored in, and a row's pattern is read through the cells of its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,6 +22,28 @@ from mia.llama import describe, rows_of
 from mia.sites import Site
 
 
+@dataclass(frozen=True, eq=False)
+class HiddenKeys:
+    """An edit's function at `attn_scores`: keys that queries may not attend to. The engine knows it: it
+    writes all rows of a batch at once, and looks their cells up once for all layers that share it.
+
+    Attributes:
+        keys: a query's position -> the positions that it may not attend to.
+        n_heads: of the edit.
+    """
+
+    keys: Callable[[int], IntArray]
+    n_heads: int
+
+    def __call__(self, rows: Array) -> Array:
+        """`rows`: (1, n_heads × n_keys) of one query, keys 0 to its own position."""
+        scores = rows.reshape(self.n_heads, -1)
+        n_keys = scores.shape[1]
+        hidden = self.keys(n_keys - 1)
+        scores[:, hidden[hidden < n_keys]] = -np.inf
+        return rows
+
+
 class Patterns:
     """The rows of one batch, and where each of their keys lies."""
 
@@ -29,6 +52,8 @@ class Patterns:
         self.rows = rows
         #: layer -> the address of its mask, in this decode
         self._masks: dict[int, int] = {}
+        #: function, group and rows of an edit -> (row, cell) of each score that it hides
+        self._hidden: dict[tuple[HiddenKeys, int, bytes], tuple[IntArray, IntArray] | None] = {}
         inputs = session.topology.cell_inputs
         #: layers that store to the same cells are one group: (address of the cells) -> its number
         numbers: dict[int, int] = {}
@@ -40,6 +65,7 @@ class Patterns:
         """The rows of the next decode."""
         self.rows = rows
         self._masks.clear()
+        self._hidden.clear()
 
     def cell_notes(self) -> Iterator[tuple[int, Callable[[int], None]]]:
         """(index of a node, what to do there): each row notes the cell of its key."""
@@ -75,6 +101,8 @@ class Patterns:
 
     def edit(self, edit: Edit, site: Site, batch_rows: IntArray, addr: int) -> None:
         """Applies an edit to each row, by position."""
+        if isinstance(edit.op, HiddenKeys) and self._hide(edit, edit.op, site, batch_rows, addr):
+            return
         scale = np.float32(self._session.site(site).scale)
         first = np.zeros(1, np.intp)
         with rows_of(addr, write=True) as a:
@@ -91,10 +119,46 @@ class Patterns:
                     self._check_pattern(site, b, line, seen)
                 a[0][:, b, cells[seen]] = line[:, seen] / scale
 
+    def _hide(
+        self, edit: Edit, op: HiddenKeys, site: Site, batch_rows: IntArray, addr: int
+    ) -> bool:
+        """Hides keys from all rows in one operation; False if a query would lose its own key, for
+        then it may have none left."""
+        group = self._group(site)
+        key = op, group, batch_rows.tobytes()
+        if key not in self._hidden:
+            self._hidden[key] = self._hidden_cells(op, batch_rows, group)
+        places = self._hidden[key]
+        if places is None or site.name != "attn_scores" or edit.dims is not None or edit.keep_norm:
+            return False
+        rows, cells = places
+        heads = slice(None) if edit.heads is None else np.atleast_1d(edit.heads)[:, None]
+        with rows_of(addr, write=True) as a:
+            a[0][heads, rows, cells] = -np.inf
+        return True
+
+    def _hidden_cells(
+        self, op: HiddenKeys, batch_rows: IntArray, group: int
+    ) -> tuple[IntArray, IntArray] | None:
+        queries, hidden = [], []
+        for b in batch_rows.tolist():
+            row = self.rows[b]
+            keys = op.keys(row.pos)
+            if row.pos in keys:
+                return None
+            cells = row.path_cells(group)
+            taken = _overwritten(cells)
+            keys = keys[(keys < row.pos) & ~np.isin(keys, taken)] if taken else keys[keys < row.pos]
+            queries.append(np.full(len(keys), b, np.intp))
+            hidden.append(cells[keys])
+        return np.concatenate(queries), np.concatenate(hidden)
+
     def _cells(self, site: Site, b: int) -> IntArray:
+        return self.rows[b].path_cells(self._group(site))
+
+    def _group(self, site: Site) -> int:
         assert site.layer is not None
-        layer = self._session.topology.cache_layers.get(site.layer, site.layer)
-        return self.rows[b].path_cells(self._groups[layer])
+        return self._groups[self._session.topology.cache_layers.get(site.layer, site.layer)]
 
     def _seen(self, site: Site, b: int, cells: IntArray) -> BoolArray:
         """Which keys of its sequence the mask lets row b see: (n_keys,)."""

@@ -73,20 +73,7 @@ class _Rows:
     def insert(self, job: Job) -> list[Row]:
         """The job's rows, new or shared, with what it reads of them noted."""
         path = self._path(job)
-        for p, edits in job.edits_at.items():
-            if any(job.edits[e.rank][1] in self._output_sites for e in edits):
-                _want(path[p], Output.STATES)
-        for read in job.reads:
-            states = not self._output_sites.isdisjoint(read.sites)
-            for i, p in enumerate(read.positions):
-                path[p].reads.append((read, i))
-                if states:
-                    _want(path[p], Output.STATES)
-        for i, p in enumerate(job.logit_positions):
-            path[p].logits.append((job, i))
-            _want(path[p], Output.LOGITS)
-        if job.generates:
-            _want(path[-1], Output.LOGITS)
+        note(job, path, self._output_sites)
         self.ends.setdefault(path[-1], []).append(job)
         return path
 
@@ -106,6 +93,24 @@ class _Rows:
         if edited_from > len(known):
             known.extend(path[len(known) : edited_from])
         return path
+
+
+def note(job: Job, path: Sequence[Row], output_sites: Collection[Site]) -> None:
+    """Notes at the rows of a job's prompt what is read of them, and which must be outputs."""
+    for p, edits in job.edits_at.items():
+        if any(job.edits[e.rank][1] in output_sites for e in edits):
+            _want(path[p], Output.STATES)
+    for read in job.reads:
+        states = any(site in output_sites for site in read.sites)
+        for i, p in enumerate(read.positions):
+            path[p].reads.append((read, i))
+            if states:
+                _want(path[p], Output.STATES)
+    for i, p in enumerate(job.logit_positions):
+        path[p].logits.append((job, i))
+        _want(path[p], Output.LOGITS)
+    if job.generates:
+        _want(path[-1], Output.LOGITS)
 
 
 def _want(row: Row, output: Output) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from mia.arrays import Array
 from mia.engine import limits
+from mia.engine.answers import Answer
 from mia.engine.checks import check_sites, check_tokens
 from mia.engine.control_vector import directions, shared_edits
 from mia.engine.decode import ATTEMPTS, Restart, always_new_graph
+from mia.engine.dry import Count, DryRunner, no_logits
 from mia.engine.finite import may_spoil, unread_edits
 from mia.engine.graph import Topology
 from mia.engine.jobs import Job, TokenLogits, may_read_few, resolve
@@ -22,8 +27,11 @@ from mia.engine.session import Session, Sessions
 from mia.errors import MiaError, UsageError
 from mia.llama import LlamaModel
 from mia.progress import Progress
-from mia.request import Request, Result
+from mia.request import OnResult, OnToken, Request, Result
 from mia.sites import BY_KEY, Site
+
+if TYPE_CHECKING:
+    from mia.engine.stream import Stream
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -63,15 +71,40 @@ class Engine:
         # The lock of the threads' turns is all that says who is inside: Ctrl-C can fall between any two
         # lines of Python, and a note of ours would stay.
         self._turn = threading.RLock()
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         _engines.add(self)
 
-    def run(self, requests: Sequence[Request], *, progress: Progress | None = None) -> list[Result]:
-        """The results, in the order of the requests. See `Model.run`."""
+    @property
+    def model(self) -> LlamaModel:
+        return self._model
+
+    @property
+    def n_ctx(self) -> int:
+        """The most tokens of one request."""
+        return self._n_ctx
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        *,
+        progress: Progress | None = None,
+        on_result: OnResult | None = None,
+        on_token: OnToken | None = None,
+        count: Count | None = None,
+    ) -> list[Result]:
+        """The results, in the order of the requests. See `Model.run`.
+
+        Args:
+            count: decode nothing, and note here what would be (`mia.engine.dry`).
+        """
         self._check_outside()
         with self._turn:
-            return self._run(requests, progress) if requests else []
+            listeners = _Listeners(progress, on_result, on_token, len(requests))
+            return self._run(requests, listeners, count) if requests else []
 
-    def _run(self, requests: Sequence[Request], progress: Progress | None) -> list[Result]:
+    def _run(
+        self, requests: Sequence[Request], listeners: _Listeners, count: Count | None
+    ) -> list[Result]:
         self._check_open()
         model = self._model
         # 1. Requests become jobs: sites parsed, indices resolved. If all of them are steered
@@ -79,6 +112,8 @@ class Engine:
         steering = shared_edits(requests, model.n_layer, self.blocks_with_vector)
         edits = () if steering else None
         few = self.token_logits if may_read_few(requests, model.n_layer) else None
+        if few is not None and count is not None:
+            few = no_logits
         jobs = [resolve(i, r, model.n_layer, edits, few) for i, r in enumerate(requests)]
         check_tokens(jobs, n_ctx=self._n_ctx, n_vocab=model.n_vocab)
         vector = None
@@ -86,10 +121,18 @@ class Engine:
             vector = directions(steering, n_layer=model.n_layer, n_embd=model.n_embd)
         # 2. The jobs are planned and decoded: together, or one by one if the memory is a
         #    state that cannot be cut back to a shared prefix.
-        task = _Task(self, {s for job in jobs for s in job.sites}, vector, progress, len(jobs))
+        task = _Task(self, {s for job in jobs for s in job.sites}, vector, listeners, count)
         if model.recurrent:
             return [task.run_alone(job) for job in jobs]
         return task.run(jobs, share=True)
+
+    def stream(self, prepare: Callable[[Request], Request], **options: Any) -> Stream:
+        """A run that stays open, of requests as `prepare` leaves them. See `Model.stream`."""
+        from mia.engine.stream import Stream
+
+        stream = Stream(self, prepare, **options)
+        self._streams.add(stream)
+        return stream
 
     def topology(self, *, fused: bool = True) -> Topology:
         """The graph of this model. With `fused` False it has the attention patterns too."""
@@ -140,9 +183,18 @@ class Engine:
     def close(self) -> None:
         """Frees the contexts and the model, after the run that is under way."""
         self._check_outside()
+        for stream in list(self._streams):
+            stream.close()
         with self._turn:
             self.sessions.close()
             self._model.close()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """This thread's turn. Raises `UsageError` inside a run, which it would wait for."""
+        self._check_outside()
+        with self._turn:
+            yield
 
     @property
     def _is_inside(self) -> bool:
@@ -158,6 +210,40 @@ class Engine:
             )
 
 
+class _Listeners:
+    """Who is told of each token and each result as it comes."""
+
+    def __init__(
+        self,
+        progress: Progress | None,
+        on_result: OnResult | None,
+        on_token: OnToken | None,
+        n_jobs: int,
+    ):
+        self._progress, self._on_result, self._on_token = progress, on_result, on_token
+        self._n_jobs = n_jobs
+        self._told: set[int] = set()
+        #: for each request how many of its tokens were told
+        self._n_tokens: Counter[int] = Counter()
+
+    def hear_token(self, job: Job, tokens: Sequence[int]) -> None:
+        """A job that is run again chooses the same tokens: each is told once."""
+        if self._on_token is not None and len(tokens) > self._n_tokens[job.index]:
+            self._n_tokens[job.index] += 1
+            self._on_token(job.index, tokens[-1])
+
+    def hear(self, answer: Answer) -> None:
+        """Of a job that runs again nobody is told a second time."""
+        index = answer.job.index
+        if index in self._told:
+            return
+        if self._on_result is not None:
+            self._on_result(index, answer.result)  # may raise, and is told again then
+        self._told.add(index)
+        if self._progress is not None:
+            self._progress(len(self._told), self._n_jobs)
+
+
 class _Task:
     """What is the same for all jobs of one call of `Engine.run`."""
 
@@ -166,11 +252,11 @@ class _Task:
         engine: Engine,
         sites: set[Site],
         vector: Array | None,
-        progress: Progress | None,
-        n_jobs: int,
+        listeners: _Listeners,
+        count: Count | None,
     ):
         self._engine, self._sites, self._vector = engine, sites, vector
-        self._progress, self._n_jobs, self._n_done = progress, n_jobs, 0
+        self._listeners, self._counted = listeners, count
 
     def run_alone(self, job: Job) -> Result:
         """For memories that cannot share or cut prefixes: one whole sequence at a time."""
@@ -218,12 +304,12 @@ class _Task:
                     *self.run(jobs[middle:], share=True),
                 ]
         # 5. The runner decodes segment after segment; the answers fill.
-        runner = Runner(session, jobs, budget=budget, n_sequences=n_sequences, on_done=self._count)
+        runner = self._runner(session, jobs, budget=budget, n_sequences=n_sequences)
         context.set_control_vector(self._vector)
         if session.unread_edits:
             context.clear(data=True)  # see finite.py
         session.unread_edits = unread_edits(jobs)
-        n_done, apart = self._n_done, list[Job]()
+        apart = list[Job]()
         try:
             runner.run(segments)
         except BaseException as err:
@@ -235,7 +321,6 @@ class _Task:
         finally:
             runner.close()
         if apart:
-            self._n_done = n_done
             return self._run_apart(jobs, apart)
         return [answer.result for answer in runner.answers.values()]
 
@@ -246,7 +331,15 @@ class _Task:
         results.update((job, self.run([job], share=True)[0]) for job in apart)
         return [results[job] for job in jobs]
 
-    def _count(self) -> None:
-        self._n_done += 1
-        if self._progress is not None:
-            self._progress(self._n_done, self._n_jobs)
+    def _runner(
+        self, session: Session, jobs: Sequence[Job], *, budget: int, n_sequences: int
+    ) -> Runner:
+        how: dict[str, Any] = {
+            "budget": budget,
+            "n_sequences": n_sequences,
+            "on_done": self._listeners.hear,
+            "on_token": self._listeners.hear_token,
+        }
+        if self._counted is None:
+            return Runner(session, jobs, **how)
+        return DryRunner(self._counted, session, jobs, **how)

@@ -17,7 +17,7 @@ from mia.engine.answers import Answer, Buffer
 from mia.engine.batch import Batch, Span, best_rows, of_generations, of_spans
 from mia.engine.cells import Branch, Ledger
 from mia.engine.decode import Decoder
-from mia.engine.generation import Generation
+from mia.engine.generation import BranchGeneration
 from mia.engine.jobs import Job, Read, sites_of_edits
 from mia.engine.segments import Output, Segment, Twin, walk
 from mia.engine.session import Session
@@ -34,9 +34,11 @@ class Runner:
         *,
         budget: int,
         n_sequences: int,
-        on_done: Callable[[], None],
+        on_done: Callable[[Answer], None],
+        on_token: Callable[[Job, list[int]], None] | None = None,
     ):
-        """`budget`: cells to run in; `on_done` is called when a job has its result."""
+        """`budget`: cells to run in; `on_done` is called with each answer when it is whole, `on_token`
+        with a job's tokens when one more of them is chosen."""
         self.context = session.context
         self.ledger = Ledger(
             self.context,
@@ -53,7 +55,7 @@ class Runner:
                 for site in buffer.read.sites:
                     buffer.array(site, session.site(site).read_shape(buffer.read.n_keys))
         self._decoder = Decoder(session, sites_of_edits(jobs), self.buffers)
-        self._on_done = on_done
+        self._on_done, self._on_token = on_done, on_token
         n_vocab = self.context.model.n_vocab
         self._max_rows = self.context.params.n_ubatch
         self._max_outputs = max(limits.MIN_OUTPUTS, limits.LOGITS_BYTES // (4 * n_vocab))
@@ -66,8 +68,8 @@ class Runner:
         #: twin -> how many segments have yet to start from its residuals
         self._readers: dict[Twin, int] = {}
         #: generations that have their first token but no sequence yet, and those that go on
-        self.waiting: list[Generation] = []
-        self.generating: list[Generation] = []
+        self.waiting: list[BranchGeneration] = []
+        self.generating: list[BranchGeneration] = []
 
     def run(self, tops: Sequence[Segment]) -> None:
         """Runs all segments, depth first, so that few cells are held at a time."""
@@ -247,37 +249,51 @@ class Runner:
         for over in self.ledger.close(branch):
             del self._branches[over.segment]
             for job in over.segment.jobs:
-                self.answers[job].finish(self.context.params.kv_type)
-                self._on_done()
+                self._finish(self.answers[job])
+                self._on_done(self.answers[job])
+
+    def _finish(self, answer: Answer) -> None:
+        answer.finish(self.context.params.kv_type)
 
     # -- generation ----------------------------------------------------------------------
 
     def _start_generations(self, branch: Branch, b: int) -> None:
         """Chooses the first token of each job that ends with row b of the batch and generates."""
         for job in branch.segment.generating:
-            generation = Generation(self.answers[job], branch, self.context)
+            generation = BranchGeneration(self.answers[job], branch, self.context)
             self.waiting.append(generation)
-            if generation.choose(self._decoder.logits(b), b, self._scratch):
+            if self._choose(generation, b):
                 self.waiting.pop().close()
                 self.ledger.end_unstarted(branch)
 
     def _admit_generations(self) -> None:
         """Gives waiting generations a sequence and cells, as far as there are any."""
-        still: list[Generation] = []
+        still: list[BranchGeneration] = []
         for generation in self.waiting:
-            generation.lease = self.ledger.lease(generation.branch, generation.n_cells)
-            (still if generation.lease is None else self.generating).append(generation)
+            generation.lease = lease = self.ledger.lease(generation.branch, generation.n_cells)
+            if lease is None:
+                still.append(generation)
+            else:
+                generation.sequence = lease.sequence
+                self.generating.append(generation)
         self.waiting = still
 
     def _generate_step(self) -> None:
         """One more token of as many generations as a batch holds."""
-        batch = of_generations(self.generating[: min(self._max_rows, self._max_outputs)])
-        self._decoder.decode(batch)
-        for b, generation in enumerate(batch.generations):
-            if generation.choose(self._decoder.logits(b), b, self._scratch):
+        generations = self.generating[: min(self._max_rows, self._max_outputs)]
+        self._decoder.decode(of_generations(generations))
+        for b, generation in enumerate(generations):
+            if self._choose(generation, b):
                 self._end_generation(generation)
 
-    def _end_generation(self, generation: Generation) -> None:
+    def _choose(self, generation: BranchGeneration, b: int) -> bool:
+        """Chooses the next token from row b of the batch. True if it is the last."""
+        is_last = generation.choose(self._decoder.logits(b), b, self._scratch)
+        if self._on_token is not None:
+            self._on_token(generation.job, generation.tokens)
+        return is_last
+
+    def _end_generation(self, generation: BranchGeneration) -> None:
         self.generating.remove(generation)
         generation.close()
         assert generation.lease is not None

@@ -195,6 +195,12 @@ class Sessions:
         session.turn_to(True)  # the graph that has every site is the one that is asked
         return session
 
+    def apart(self) -> Sessions:
+        """Sessions like these for a run that stays open: no other run grows or closes them."""
+        sessions = Sessions(self._model, kv_type=self._kv_type, threads=self._threads)
+        sessions.refuse(self._refused)
+        return sessions
+
     def refuse(self, refused: Mapping[Site, str]) -> None:
         """Takes sites back that are not what they say, in every session from now on."""
         self._refused = refused

@@ -22,7 +22,7 @@ from mia.errors import FileError, UsageError
 from mia.io.files import read_npy, read_safetensors, write_npy, write_safetensors
 from mia.io.kinds import refuse_other_kind
 from mia.ranges import compact
-from mia.show.report import Report
+from mia.show.report import Report, endings
 from mia.sites import KINDS, Site, parse, split_spelling
 
 if TYPE_CHECKING:
@@ -237,10 +237,11 @@ class Activations(Report):
     # -- files -------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Writes safetensors; for a name that ends in .npy one bare array, in .json the document.
+        """Writes safetensors; for a name that ends in .npy one bare array, in .json, .csv or .html
+        as every report.
 
         Raises `FileError`."""
-        if Path(path).suffix == ".json":
+        if Path(path).suffix.lower() in endings(picture=False):
             super().save(path)
             return
         self.file = str(path)

@@ -22,7 +22,7 @@ _WORDS: dict[Kind, tuple[str, str]] = {
     "model": ("a model", "it can be the model of every command"),
     "weights": ("a model's weights in safetensors", "mia reads models as GGUF"),
     "maps": ("attention maps of mia attention", "numpy reads them through safetensors"),
-    "adapter": ("a LoRA adapter", "mia does not read it"),
+    "adapter": ("a LoRA adapter", "a model takes it as a LoRA"),
     "array": ("a numpy array", "mia patch and mia vector read it"),
     "document": ("a JSON document", ""),
 }

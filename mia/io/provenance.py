@@ -22,6 +22,7 @@ from mia.ranges import compact
 if TYPE_CHECKING:
     from mia.llama.open_file import OpenFile
     from mia.model import Model
+    from mia.models.adapters import AdapterFacts
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class ModelFacts:
     as_type: str = ""
     #: what of its weights that loses, or why it is not the type that was asked for
     as_type_note: str = ""
+    #: the adapters that were added to its weights
+    lora: tuple[AdapterFacts, ...] = ()
 
     @cached_property
     def sha256(self) -> str:
@@ -56,6 +59,7 @@ class ModelFacts:
             "n_layer": self.n_layer,
             "n_embd": self.n_embd,
             **self._as_type(),
+            **({"lora": [a.document() for a in self.lora]} if self.lora else {}),
             **versions(),
         }
 
@@ -76,7 +80,38 @@ class ModelFacts:
             "n_head": str(self.n_head),
             "n_head_kv": str(self.n_head_kv),
             **self._as_type(),
+            **as_strings({"lora": [a.document() for a in self.lora]} if self.lora else {}),
         }
+
+
+@dataclass(frozen=True)
+class StoredFacts(ModelFacts):
+    """What a saved result says of its model, which need not be here any more."""
+
+    stored: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> StoredFacts:
+        """From the `model` entry of a document. Raises `KeyError` for one that is none."""
+        names = ("architecture", "n_layer", "n_embd")
+        known = {name: document[name] for name in names}
+        return cls(
+            name=document["name"],
+            path=Path(document["file"]),
+            n_head=0,
+            n_head_kv=0,
+            as_type=document.get("as_type", ""),
+            as_type_note=document.get("as_type_note", ""),
+            stored=document,
+            **known,
+        )
+
+    @property
+    def sha256(self) -> str:
+        return str(self.stored["sha256"])
+
+    def document(self) -> dict[str, Any]:
+        return dict(self.stored)
 
 
 def versions() -> dict[str, str]:
@@ -115,6 +150,7 @@ def warn_of_other_model(sources: Iterable[Mapping[str, str]], name: str, facts: 
         name: what to call it.
         facts: the model that it is now used with.
     """
+    sources = list(sources)
     others = [
         s.get("model", "unknown")
         for s in sources
@@ -122,6 +158,11 @@ def warn_of_other_model(sources: Iterable[Mapping[str, str]], name: str, facts: 
     ]
     for other in dict.fromkeys(others):
         notice(f"{name} was made with another model, {other}")
+    here = (
+        facts.metadata().get("lora", "") if facts.lora or any("lora" in s for s in sources) else ""
+    )
+    if not others and any(s.get("lora", "") != here for s in sources if "model_sha256" in s):
+        notice(f"{name} was made with other LoRA adapters on the model")
 
 
 def warn_of_same_items(
@@ -170,6 +211,7 @@ def opened(model: Model) -> dict[str, Any]:
         "ctx": model.n_ctx,
         "threads": model.threads,
         **({} if model.copy is None else {"as_type": model.copy.type}),
+        **({"lora": [a.document() for a in facts.lora]} if facts.lora else {}),
     }
 
 

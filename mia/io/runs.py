@@ -2,7 +2,8 @@
 be run again (`mia.methods.replay`).
 
     "run": {"command": "steer", "arguments": {"prompt": "…", …},
-            "files": {"v.gguf": SHA-256, …}, "stdin": text, "model": {…}, "setup": {…}}
+            "files": {"v.gguf": SHA-256, …}, "stdin": text, "model": {…}, "others": [{…}],
+            "setup": {…}}
 
 Files are read in a few places (`read_utf8`, `read_safetensors`, the readers of `.npy` and of vectors).
 Each calls `reading` first. While nothing is recorded or replayed, that does nothing.
@@ -38,6 +39,7 @@ class Run:
         stdin: what it read there, None if it did not.
         model: name, SHA-256 and type of the weights of the model that it opened, and how. What takes
             long is a function, which the document calls when the work is done.
+        others: the same of the models that it opened after that one.
         setup: the versions and the build of the library, the processor.
     """
 
@@ -47,6 +49,7 @@ class Run:
     stdin: str | None = None
     model: dict[str, Any] | None = None
     setup: dict[str, Any] = field(default_factory=dict)
+    others: list[dict[str, Any]] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
         """The `run` entry of a document."""
@@ -58,6 +61,7 @@ class Run:
             **({"files": self.files} if self.files else {}),
             **({} if self.stdin is None else {"stdin": self.stdin}),
             **({} if self.model is None else {"model": _called(self.model)}),
+            **({"others": [_called(m) for m in self.others]} if self.others else {}),
             "setup": self.setup or {"mia": __version__},
         }
 
@@ -79,7 +83,15 @@ class Run:
 
     def opened(self, model: dict[str, Any], setup: dict[str, Any]) -> None:
         """After a model was loaded: what `mia.io.provenance` says of it and of the library."""
-        self.model, self.setup = model, setup
+        if self.model is None:
+            self.model, self.setup = model, setup
+        else:
+            self.others.append(model)
+
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        """Every model that it opened, in order."""
+        return [*([] if self.model is None else [self.model]), *self.others]
 
 
 @dataclass
@@ -118,7 +130,8 @@ class Replay(Run):
         return self.of.stdin
 
     def opens(self, name: str, sha256: Callable[[], str]) -> None:
-        old, new = self.of.model or {}, sha256()
+        new, i = sha256(), len(self.models)
+        old = self.of.models[i] if i < len(self.of.models) else {}
         if old.get("sha256") == new:
             return
         text = visible(
@@ -156,6 +169,16 @@ def current() -> Run | None:
 def recorded(run: Run) -> Iterator[None]:
     """Keeps in `run` what is read meanwhile."""
     token = _run.set(run)
+    try:
+        yield
+    finally:
+        _run.reset(token)
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """What is read and opened meanwhile is no part of the run: files that it made itself."""
+    token = _run.set(None)
     try:
         yield
     finally:
@@ -220,6 +243,8 @@ def parse_run(value: Any) -> Run:
     files = value.get("files", {})
     if not all(isinstance(v, str) for v in files.values()):
         raise FileError("run.files is no table of SHA-256")
+    if not all(isinstance(m, dict) for m in value.get("others", [])):
+        raise FileError("run.others is no list of models")
     run = {k: value[k] for k in _ENTRIES if k in value}
     return Run(**run)
 
@@ -230,5 +255,6 @@ _ENTRIES: Mapping[str, type] = {
     "files": dict,
     "stdin": str,
     "model": dict,
+    "others": list,
     "setup": dict,
 }

@@ -136,7 +136,7 @@ class LogitLens:
         parts = [self._read_rows(x[i : i + _ROWS], k, tokens) for i in range(0, len(x), _ROWS)]
         if len(parts) == 1:
             return parts[0]
-        fields = ("ids", "logits", "probs", "logsumexp", "token_logits")
+        fields = ("ids", "logits", "probs", "logsumexp", "token_logits", "entropy")
         return Readout(*(np.concatenate([getattr(p, f) for p in parts]) for f in fields))
 
     def logits(self, h: Array, *, norm: bool = True) -> Array:
@@ -220,7 +220,8 @@ class LogitLens:
         n = len(x)
         best = TopK(n, k)
         top = np.full(n, -np.inf, np.float32)
-        total = np.zeros(n, np.float64)  # sum of exp(score - top)
+        total = np.zeros(n, np.float64)  # sum of e = exp(score - top)
+        weighted = np.zeros(n, np.float64)  # sum of e × (score - top)
         ids = np.asarray(tokens, np.intp)
         token_logits = np.empty((n, len(ids)), np.float32)
         for start, stop, scores in self._blocks(x):
@@ -230,12 +231,20 @@ class LogitLens:
             token_logits[:, inside] = scores[:, ids[inside] - start]
             new = np.maximum(top, high)
             scores -= new[:, None]
-            np.exp(scores, out=scores)
-            total = total * np.exp(top - new, dtype=np.float64) + scores.sum(1)
+            e = np.exp(scores)
+            scores *= e
+            if start:
+                moved = (new - top).astype(np.float64)
+                weighted = (weighted - moved * total) * np.exp(-moved)
+                total *= np.exp(-moved)
+            total += e.sum(1)
+            weighted += scores.sum(1)
             top = new
         lse = (top + np.log(total)).astype(np.float32)
+        entropy = np.maximum(np.log(total) - weighted / total, 0).astype(np.float32)
         best_ids, logits = best.sorted()
-        return Readout(best_ids, logits, np.exp(logits - lse[:, None]), lse, token_logits)
+        probs = np.exp(logits - lse[:, None])
+        return Readout(best_ids, logits, probs, lse, token_logits, entropy)
 
 
 def _through(steps: Sequence[ByColumn], x: AnyFloats) -> AnyFloats:

@@ -15,6 +15,7 @@ class Readout:
         ids, logits, probs: (n, k) the best tokens, best first.
         logsumexp: (n,) natural log of the sum over the vocabulary.
         token_logits: (n, n_tokens) logits of the tokens asked for.
+        entropy: (n,) of the whole distribution, in nats.
     """
 
     ids: IntArray
@@ -22,6 +23,7 @@ class Readout:
     probs: Array
     logsumexp: Array
     token_logits: Array
+    entropy: Array
 
     @property
     def token_logprobs(self) -> Array:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
+
+from mia.arrays import Floats
+from mia.errors import UsageError
 from mia.show.report import Report
-from mia.show.text import visible
+from mia.show.text import rounded, visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from mia.lenses.readout import Readout
     from mia.sites import Site
 
+#: what the colours of a picture say
+ColourBy = Literal["probability", "entropy"]
 #: letters of a token that a table shows
 _LETTERS = 11
 #: from improbable to certain: grey, violet, red, orange, green (readable on dark and light)
@@ -33,18 +39,24 @@ _SCALE = (
 
 @dataclass(frozen=True, slots=True)
 class LensRow:
-    """The best tokens at one site and token, best first: {id, text, logit, prob} each."""
+    """The best tokens at one site and token, best first: {id, text, logit, prob} each.
+
+    Attributes:
+        entropy: of the whole distribution, in nats.
+    """
 
     site: str
     layer: int | None
     token_index: int
     top: list[dict[str, Any]]
+    entropy: float = float("nan")
 
     def document(self) -> dict[str, Any]:
         return {
             "site": self.site,
             "layer": self.layer,
             "token_index": self.token_index,
+            "entropy": rounded(self.entropy),
             "top": self.top,
         }
 
@@ -57,12 +69,14 @@ class LensTable(Report):
         facts: the model; None where the activations do not say.
         tokens: of the prompt.
         n_tokens: rows of each site.
+        colour_by: what the colours of a picture say.
     """
 
     facts: ModelFacts | None
     tokens: Sequence[Token]
     lens: list[LensRow]
     n_tokens: int
+    colour_by: ColourBy = "probability"
 
     def document(self) -> dict[str, Any]:
         return {
@@ -77,6 +91,7 @@ class LensTable(Report):
                 "site": r.site,
                 "layer": r.layer,
                 "token_index": r.token_index,
+                "entropy": rounded(r.entropy),
                 "rank": rank,
                 **top,
             }
@@ -102,24 +117,64 @@ class LensTable(Report):
         return "|".join(f"{visible(t['text'])} {t['prob']:.2f}" for t in row.top)
 
     def plot(self, path: str | Path) -> None:
-        """Draws layers by tokens: in each cell the best token, its colour its probability."""
+        """Draws layers by tokens: in each cell the best token, its colour the token's probability,
+        or the entropy of all."""
         from mia.show import plots
         from mia.show.token_grid import token_grid
 
-        grid = [self.lens[i : i + self.n_tokens] for i in range(0, len(self.lens), self.n_tokens)]
-        columns = [self.tokens[row.token_index].label for row in grid[0]]
+        shades, top = self._shades()
         name = "" if self.facts is None else f"{self.facts.name} · "
         figure = token_grid(
-            [[cell.top[0]["text"] for cell in row] for row in grid],
-            [[cell.top[0]["prob"] for cell in row] for row in grid],
+            self._best(),
+            shades,
             title=f"{name}logit lens: the token that each layer would say next",
-            x_labels=columns,
-            y_labels=[row[0].site for row in grid],
-            bar="probability",
+            x_labels=[self.tokens[row.token_index].label for row in self.lens[: self.n_tokens]],
+            y_labels=self._sites(),
+            bar="entropy (nats)" if self.colour_by == "entropy" else "probability",
+            top=top,
         )
         plots.save(figure, path)
 
+    def _sites(self) -> list[str]:
+        return [row.site for row in self.lens[:: self.n_tokens]]
+
+    def _best(self) -> list[list[str]]:
+        """The best token of each cell, (n_sites, n_tokens)."""
+        best = [row.top[0]["text"] for row in self.lens]
+        return [best[i : i + self.n_tokens] for i in range(0, len(best), self.n_tokens)]
+
+    def _shades(self) -> tuple[Floats, float]:
+        """The numbers that colours say, (n_sites, n_tokens), and where they end."""
+        if self.colour_by == "entropy":
+            x = np.array([row.entropy for row in self.lens])
+            top = float(np.nanmax(x, initial=0.0)) or 1.0
+        else:
+            x, top = np.array([row.top[0]["prob"] for row in self.lens]), 1.0
+        return x.reshape(-1, self.n_tokens), top
+
     def table(self, width: int) -> RenderableType:
+        """Sites down and tokens across, the best token in each cell, then the last token's list;
+        of one token or one site the list alone."""
+        from rich.console import Group
+        from rich.text import Text
+
+        from mia.show.grid import token_cells
+
+        if self.n_tokens < 2 or len(self.lens) == self.n_tokens:
+            return self._list(width)
+        shades, top = self._shades()
+        cells = token_cells(
+            [[visible(text) for text in row] for row in self._best()],
+            shades / top,
+            width,
+            title=f"the best token of each layer; colour: {self.colour_by}, up to {top:.3g}",
+            rows=self._sites(),
+            columns=[visible(self.tokens[r.token_index].label) for r in self.lens[: self.n_tokens]],
+        )
+        last = replace(self, lens=self.lens[self.n_tokens - 1 :: self.n_tokens], n_tokens=1)
+        return Group(cells, Text("\nthe last token:", style="bold"), last._list(width))
+
+    def _list(self, width: int) -> RenderableType:
         """A row for each site and token, coloured by probability; as many tokens as fit."""
         from rich.table import Table
         from rich.text import Text
@@ -162,6 +217,12 @@ class LensTable(Report):
         return table
 
 
+def check_colour_by(name: str) -> None:
+    """Raises `UsageError` for a name that is none of `ColourBy`."""
+    if name not in get_args(ColourBy):
+        raise UsageError(f"colours by {name!r}; known: {', '.join(get_args(ColourBy))}")
+
+
 def lens_rows(
     read: Readout,
     places: Sequence[tuple[str, Site, int]],
@@ -182,7 +243,7 @@ def lens_rows(
                 read.ids[n].tolist(), read.logits[n].tolist(), read.probs[n].tolist(), strict=True
             )
         ]
-        rows.append(LensRow(label, site.layer, i, top))
+        rows.append(LensRow(label, site.layer, i, top, float(read.entropy[n])))
     return rows
 
 

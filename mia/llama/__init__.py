@@ -11,8 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mia.llama.adapter import AdapterFile, read_adapter
     from mia.llama.context import CACHE_TYPES, Context, ContextParams
     from mia.llama.convert import FILE_TYPES, convert_file
+    from mia.llama.gguf_copy import NewRows, copy_gguf
     from mia.llama.gguf_file import FileTensor
     from mia.llama.gguf_tensors import (
         dequantize,
@@ -29,16 +31,19 @@ if TYPE_CHECKING:
 
 #: name -> its module
 _MODULES = {
+    "AdapterFile": "adapter",
     "CACHE_TYPES": "context",
     "FILE_TYPES": "convert",
     "Context": "context",
     "ContextParams": "context",
     "FileTensor": "gguf_file",
     "LlamaModel": "model",
+    "NewRows": "gguf_copy",
     "Node": "tensors",
     "Sampler": "sampler",
     "Tracer": "tracer",
     "convert_file": "convert",
+    "copy_gguf": "gguf_copy",
     "dequantize": "gguf_tensors",
     "describe": "tensors",
     "file_strings": "gguf_tensors",
@@ -47,6 +52,7 @@ _MODULES = {
     "host_array": "tensors",
     "is_output": "tensors",
     "library_info": "library",
+    "read_adapter": "adapter",
     "read_array": "tensors",
     "rows_of": "tensors",
     "type_bytes": "gguf_tensors",
@@ -55,14 +61,17 @@ _MODULES = {
 __all__ = [
     "CACHE_TYPES",
     "FILE_TYPES",
+    "AdapterFile",
     "Context",
     "ContextParams",
     "FileTensor",
     "LlamaModel",
+    "NewRows",
     "Node",
     "Sampler",
     "Tracer",
     "convert_file",
+    "copy_gguf",
     "dequantize",
     "describe",
     "file_strings",
@@ -71,6 +80,7 @@ __all__ = [
     "host_array",
     "is_output",
     "library_info",
+    "read_adapter",
     "read_array",
     "rows_of",
     "type_bytes",

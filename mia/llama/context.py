@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mia.arrays import Array
 from mia.errors import EngineError, UsageError
+from mia.llama.adapter import set_adapters
 from mia.llama.c_numbers import MAX_THREADS, UINT32, c_int
 from mia.llama.layer_inputs import can_keep_inputs, keep_function
 from mia.llama.lifetime import Owned
@@ -65,12 +66,18 @@ class Context:
             p,
             threads=params.threads,
             wrap=lambda handle: (
-                Owned(self.lib, handle, _free(model), model.owned) if handle else None
+                Owned(
+                    self.lib, handle, _free(model), model.owned, *(a.owned for a in model.adapters)
+                )
+                if handle
+                else None
             ),
         )
         if self._owned is None:
             why = self.lib.last_error()
             raise EngineError(f"llama.cpp cannot open a context of {params.n_ctx} tokens: {why}")
+        if model.adapters:
+            set_adapters(self.lib, self.handle, model.adapters)
         self._memory = L.llama_get_memory(self.handle)
         self.n_ctx = int(L.llama_n_ctx(self.handle))
         self._n_outputs = 0

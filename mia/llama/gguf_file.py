@@ -112,6 +112,20 @@ def read_header(file: int, path: Path, *, check: Callable[[Header], None] | None
     return header
 
 
+def kv_spans(file: int) -> list[tuple[str, int, int]]:
+    """The key-value pairs of a whole GGUF file: key, and where its bytes begin and end."""
+    spans = []
+    with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as data:
+        pos = 24
+        for _ in repeat(None, struct.unpack_from("<Q", data, 16)[0]):
+            end = _name_end(data, pos)
+            (kind,) = struct.unpack_from("<I", data, end)
+            stop = _value_end(data, end + 4, kind)
+            spans.append((data[pos + 8 : end].decode(errors="replace"), pos, stop))
+            pos = stop
+    return spans
+
+
 def _parse(data: mmap.mmap, *, with_tokens: bool) -> Header:
     """`with_tokens`: the vocabulary's texts in place of its `ArrayValue`.
 

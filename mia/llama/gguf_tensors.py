@@ -39,6 +39,17 @@ def file_strings(path: Path) -> dict[str, str]:
         }
 
 
+def value_kinds(path: Path) -> dict[str, int]:
+    """The type of each value of a GGUF file, `enum gguf_type` of gguf.h, by its key. Raises
+    `ModelError` if the file cannot be read."""
+    base = library().base
+    with _opened(path) as file:
+        return {
+            base.gguf_get_key(file, i).decode(errors="replace"): int(base.gguf_get_kv_type(file, i))
+            for i in range(base.gguf_get_n_kv(file))
+        }
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
     base = library().base

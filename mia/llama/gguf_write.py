@@ -59,11 +59,13 @@ def write_gguf(
     path: str | Path,
     metadata: Mapping[str, Value],
     tensors: Mapping[str, npt.NDArray[Any] | RawTensor],
+    *,
+    own: bool = False,
 ) -> None:
     """Writes a whole file or none. Arrays are stored as float32.
 
     Integers are written as uint32 if they fit, else as int32 or 64 bits wide; arrays of numpy's as
-    int32.
+    int32. `own`: see `write_whole`.
 
     Raises:
         FileError: the file cannot be written.
@@ -71,11 +73,11 @@ def write_gguf(
     raw = {k: t if isinstance(t, RawTensor) else _float32(t) for k, t in tensors.items()}
     head = [b"GGUF", struct.pack("<IQQ", 3, len(raw), len(metadata))]
     for key, value in metadata.items():
-        head += [_text(key), _value(value)]
+        head += [text_bytes(key), value_bytes(value)]
     offset = 0
     for name, t in raw.items():
         ne = t.shape[::-1]
-        head.append(_text(name) + struct.pack(f"<I{len(ne)}Q", len(ne), *ne))
+        head.append(text_bytes(name) + struct.pack(f"<I{len(ne)}Q", len(ne), *ne))
         head.append(struct.pack("<IQ", t.ggml_type, offset))
         offset += t.n_bytes + _padding(t.n_bytes)
     joined = b"".join(head)
@@ -86,7 +88,7 @@ def write_gguf(
             for t in raw.values():
                 f.writelines([*t.pieces, bytes(_padding(t.n_bytes))])
 
-    write_whole(path, write)
+    write_whole(path, write, own=own)
 
 
 def _float32(a: npt.NDArray[Any]) -> RawTensor:
@@ -97,18 +99,20 @@ def _padding(n: int) -> int:
     return -n % _ALIGNMENT
 
 
-def _text(text: str) -> bytes:
+def text_bytes(text: str) -> bytes:
+    """A text as a GGUF file has it."""
     raw = as_utf8(text).encode()
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _value(value: Value) -> bytes:
+def value_bytes(value: Value) -> bytes:
+    """A value of the metadata with its type in front."""
     if isinstance(value, str):
-        return struct.pack("<I", _STRING) + _text(value)
+        return struct.pack("<I", _STRING) + text_bytes(value)
     if isinstance(value, np.ndarray):
         return struct.pack("<IIQ", _ARRAY, _I32, len(value)) + value.astype("<i4").tobytes()
     if isinstance(value, Sequence):
-        items = [_value(v) for v in value]
+        items = [value_bytes(v) for v in value]
         kinds = {i[:4] for i in items} or {struct.pack("<I", _STRING)}
         if len(kinds) > 1:
             raise TypeError(f"a GGUF array holds values of one kind, not {list(value)[:4]}")

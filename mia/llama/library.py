@@ -146,6 +146,11 @@ class Library:
         fn("ggml_mul_mat", p, p, p, p)
         fn("ggml_set_name", p, p, C.c_char_p)
         fn("ggml_view_1d", p, p, p, C.c_int64, size)
+        fn("ggml_quantize_requires_imatrix", C.c_bool, C.c_int)
+        fn(
+            "ggml_quantize_chunk", size,
+            C.c_int, C.POINTER(C.c_float), p, C.c_int64, C.c_int64, C.c_int64, p,
+        )  # fmt: skip
         fn("gguf_init_from_file", p, C.c_char_p, GgufParams)
         fn("gguf_free", None, p)
         fn("gguf_get_n_kv", C.c_int64, p)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mia.errors import ModelError, UsageError
+from mia.llama.adapter import Adapter, AdapterFile
 from mia.llama.c_numbers import c_int, c_path, processors
 from mia.llama.library import library
 from mia.llama.lifetime import Owned
@@ -78,6 +79,8 @@ class LlamaModel:
             why = self.lib.last_error()
             raise ModelError(f"llama.cpp cannot load {path}" + (f": {why}" if why else ""))
         self.file.check_name()
+        #: LoRA adapters that every context of it adds
+        self.adapters: list[Adapter] = []
         buffers = self.lib.weight_buffers
         #: bytes of copies of weights in layouts of extra buffers (AMX, repacking), beside the mapped file
         self.repacked = sum(n for name, n in buffers.items() if name in _REPACKED)
@@ -127,8 +130,15 @@ class LlamaModel:
         """llama.cpp's vocabulary of it. Raises `UsageError` after `close()`."""
         return self.handle and self._vocab
 
+    def add(self, adapters: Sequence[AdapterFile]) -> None:
+        """Loads LoRA adapters, for the contexts that are opened from now on. Raises `ModelError`."""
+        for file in adapters:
+            self.adapters.append(Adapter(self, file))
+
     def close(self) -> None:
         """Frees the model, once the last context on it is closed."""
+        for adapter in self.adapters:
+            adapter.owned = None
         self.owned = None
         self.file.close()
 

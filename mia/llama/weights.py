@@ -7,8 +7,10 @@ system has the file in its cache already, as llama.cpp has mapped it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,15 +20,26 @@ from mia.llama.gguf_file import BLOCKS, FileTensor
 from mia.llama.gguf_tensors import dequantize, type_bytes
 from mia.llama.open_file import OpenFile
 
+if TYPE_CHECKING:
+    from mia.llama.adapter import AdapterFile
+
 
 class Weights:
     """The tensors of a GGUF file, or of the parts of a split one, by name."""
 
-    def __init__(self, file: Path | OpenFile):
-        """Raises `ModelError` if the file cannot be read."""
+    def __init__(self, file: Path | OpenFile, adapters: Sequence[AdapterFile] = ()):
+        """`adapters`: their products are added to the rows that are read.
+
+        Raises `ModelError` if the file cannot be read."""
         self._file = file if isinstance(file, OpenFile) else OpenFile(file)
+        self._adapters = tuple(a for a in adapters if a.scale)
         #: name -> its part, and where in it
         self._where = {t.name: (part, t) for part, t in self._file.tensors()}
+
+    @property
+    def file(self) -> OpenFile:
+        """The file that they are read from."""
+        return self._file
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -65,7 +78,11 @@ class Weights:
         if len(source) < (stop - start) * row:
             raise ModelError(f"{name} does not lie within the file")
         data = np.frombuffer(source, np.uint8)
-        return dequantize(data.ctypes.data, tensor.type, stop - start, n_in)
+        rows = dequantize(data.ctypes.data, tensor.type, stop - start, n_in)
+        for adapter in self._adapters:
+            if name in adapter.pairs:
+                rows += adapter.rows_added(name, start, stop)
+        return rows
 
     def _find(self, name: str) -> tuple[int, FileTensor]:
         try:

@@ -68,3 +68,20 @@ class MeanLoss:
 
     def __call__(self, logits: Array) -> float:
         return -float(log_probs(logits, self.targets).mean())
+
+
+class DivergenceFrom:
+    """A metric: KL(base ‖ this run) of the next token, the mean over positions, in nats."""
+
+    def __init__(self, base: Array):
+        """`base`: log-probabilities of the other run, (n_positions, n_vocab)."""
+        self._base = base
+
+    def __call__(self, logits: Array) -> float:
+        total = 0.0
+        # one row at a time stays in the processor's cache
+        for base, row in zip(self._base, logits, strict=True):
+            shifted = row - row.max()
+            log_all = math.log(np.exp(shifted).sum(dtype=np.float64))
+            total += float(np.exp(base) @ (base - shifted + np.float32(log_all)))
+        return max(total / len(logits), 0.0)

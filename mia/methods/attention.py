@@ -22,10 +22,10 @@ the type of the cache allows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from mia.generation import Token
     from mia.io.provenance import ModelFacts
     from mia.model import Model
+    from mia.show.again import Again
 
 #: more maps than this are not shown or drawn one by one
 _LARGE = 12
@@ -151,6 +152,8 @@ class Attention(Report):
         tokenizer_sha256: for the metadata of a file.
     """
 
+    own_endings: ClassVar[tuple[str, ...]] = (".safetensors",)
+
     facts: ModelFacts
     tokens: Sequence[Token]
     maps: AttentionMaps
@@ -224,12 +227,13 @@ class Attention(Report):
         """Draws all maps, layers down, heads across; up to a dozen chosen heads large. An .html
         is a page to hover and click."""
         from mia.show import plots
+        from mia.show.html import write_page
 
-        title = f"{self.facts.name} · attention over {len(self.tokens)} tokens"
-        bar = "weight × norm of the value" if self.maps.value_weighted else "attention weight"
         if Path(path).suffix.lower() == ".html":
-            self._write_page(path, title, bar)
-        elif self.chosen is not None and len(self.chosen) <= _LARGE:
+            write_page(path, self.page())
+            return
+        title, bar = self._title()
+        if self.chosen is not None and len(self.chosen) <= _LARGE:
             names = [f"layer {i} · head {h}" for i, h in self.chosen]
             maps = np.stack([self.maps[head] for head in self.chosen])
             fig = plots.large_maps(maps, names=names, pieces=self._pieces(), title=title, bar=bar)
@@ -247,8 +251,8 @@ class Attention(Report):
 
     def save(self, path: str | Path) -> None:
         """Writes safetensors, one tensor (n_layer, n_head, n_query, n_key) `attention` or
-        `value_weighted`; for any other ending the document. Raises `FileError`."""
-        if not str(path).endswith(".safetensors"):
+        `value_weighted`; for other endings as every report. Raises `FileError`."""
+        if Path(path).suffix.lower() not in self.own_endings:
             super().save(path)
             return
         from mia.io.activations import Activations
@@ -263,20 +267,29 @@ class Attention(Report):
         name = "value_weighted" if self.maps.value_weighted else "attention"
         Activations({name: self.weights}, metadata).save(path)
 
-    def _write_page(self, path: str | Path, title: str, bar: str) -> None:
-        from mia.show.html import attention_page, write_page
+    def page(self, run: Mapping[str, Any] | None = None, again: Again | None = None) -> str:
+        """All maps on a page of their own, to hover and click."""
+        from mia.show.html import attention_page
 
+        title, bar = self._title()
         pieces = [visible(p) for p in self._pieces()]
-        page = attention_page(
+        return attention_page(
             self.weights,
             layers=self.layers,
             heads=self.heads,
             pieces=pieces,
             title=title,
-            about="".join(pieces),
+            about="".join(pieces) + (f"\n{again.line()}" if again else ""),
             bar=bar,
         )
-        write_page(path, page)
+
+    def _title(self) -> tuple[str, str]:
+        """Of a picture, and what its colours are."""
+        title = f"{self.facts.name} · attention over {len(self.tokens)} tokens"
+        return (
+            title,
+            "weight × norm of the value" if self.maps.value_weighted else "attention weight",
+        )
 
     def _listed(self) -> list[Head]:
         if self.chosen is not None:

@@ -35,7 +35,7 @@ from mia.arrays import Array, norms
 from mia.edits import Edit
 from mia.errors import ModelError, UsageError
 from mia.generation import Token
-from mia.lenses.linear import split
+from mia.lenses.linear import Norm, split
 from mia.lenses.walk import Tanh, walk
 from mia.measure.prompts import check_answer
 from mia.ranges import every_head, top_heads
@@ -47,6 +47,9 @@ from mia.sites import Site
 if TYPE_CHECKING:
     from mia.io.provenance import ModelFacts
     from mia.model import Model
+
+#: floats of what heads add that are in memory at a time
+_FLOATS = 64 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,16 +106,56 @@ def attribute_logit(
     Raises:
         ModelError: the parts do not add up to what the model computes.
     """
+    request = attribution_request(model, tokens, [token], edits=edits)
+    result = model.run([request])[0]
+    ids = [answer] if against is None else [answer, against]
+    shares = shares_of(model, result, [ids])[0]
+    if isinstance(shares, ModelError):
+        raise shares
+    return shares[0] if against is None else shares[0] - shares[1]
+
+
+def attribution_request(
+    model: Model,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    *,
+    edits: Edit | Sequence[Edit] = (),
+) -> Request:
+    """The request behind `attribute_logit` for several tokens, to be run together with others."""
     n = model.n_layer
     names = [Site("resid_pre", 0), Site("resid_post", n - 1)]
     names += [Site(name, i) for name in ("attn_out", "mlp_out", "head_out") for i in range(n)]
-    request = Request(tokens, one_or_more(edits, Edit), [Capture(names, token)], logits=[token])
-    result = model.run([request])[0]
+    captures = [Capture(names, positions)]
+    return Request(tokens, one_or_more(edits, Edit), captures, logits=positions)
+
+
+def shares_of(
+    model: Model, result: Result, answers: Sequence[Sequence[int]]
+) -> list[list[Attribution] | ModelError]:
+    """The shares of some tokens' logits at each position of an `attribution_request`.
+
+    Args:
+        answers: token ids for each of its positions.
+
+    Returns:
+        For each position its shares, or the error that says why its parts do not add up to what
+        the model computes.
+    """
     assert result.logits is not None
-    parts = _parts(model, result)
-    ids = [answer] if against is None else [answer, against]
-    shares = [_of_token(model, parts, result.logits[0], t) for t in ids]
-    return shares[0] if against is None else shares[0] - shares[1]
+    out: list[list[Attribution] | ModelError] = []
+    positions = range(len(answers))
+    size = max(1, _FLOATS // (model.n_layer * model.n_head * model.n_embd))
+    for start in positions[::size]:
+        rows = positions[start : start + size]
+        for row, parts in zip(rows, _parts(model, result, rows), strict=True):
+            try:
+                _check(model, parts)
+                logits = result.logits[row]
+                out.append([_of_token(model, parts, logits, t) for t in answers[row]])
+            except ModelError as err:
+                out.append(err)
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,29 +167,40 @@ class _Parts:
     mlp: Array  # (n_layer, n_embd)
     heads: Array  # (n_layer, n_head, n_embd)
     attn_bias: Array  # (n_layer, n_embd)
+    end: Array  # (n_embd,) what they should add up to
 
 
-def _parts(model: Model, result: Result) -> _Parts:
+def _parts(model: Model, result: Result, rows: range) -> list[_Parts]:
+    """The terms at some of the captured tokens; each layer's W_O is read once for all of them."""
+    chosen = slice(rows.start, rows.stop)
+    layers = range(model.n_layer)
+
     def stack(name: str) -> Array:
-        return np.concatenate([result.captures[Site(name, i)] for i in range(model.n_layer)])
+        return np.stack([result.captures[Site(name, i)][chosen] for i in layers], 1)
 
-    embed, end = result["resid_pre.0"][0], result[f"resid_post.{model.n_layer - 1}"][0]
+    embed = result["resid_pre.0"][chosen]
+    end = result[f"resid_post.{model.n_layer - 1}"][chosen]
     attn, mlp, z = stack("attn_out"), stack("mlp_out"), stack("head_out")
-    missing = np.abs(embed + attn.sum(0) + mlp.sum(0) - end).max() / max(np.abs(end).max(), 1e-6)
+    split_up = [heads_of_tokens(model, i, z[:, i]) for i in layers]
+    heads, bias = (np.stack(x, 1) for x in zip(*split_up, strict=True))
+    return [_Parts(*terms) for terms in zip(embed, attn, mlp, heads, bias, end, strict=True)]
+
+
+def _check(model: Model, p: _Parts) -> None:
+    """Raises `ModelError` if the parts do not add up to the last residual."""
+    missing = np.abs(p.embed + p.attn.sum(0) + p.mlp.sum(0) - p.end).max()
+    missing /= max(np.abs(p.end).max(), 1e-6)
     if not missing < 1e-3:
         raise ModelError(
             f"embedding, attention and MLPs of {model.name} do not add up to its last residual: "
             f"{missing:.1%} of it comes from elsewhere ({model.architecture} adds something else)"
         )
-    split_up = [head_contributions(model, i, z[i]) for i in range(model.n_layer)]
-    heads, bias = (np.stack(x) for x in zip(*split_up, strict=True))
-    rest = norms(attn - heads.sum(1) - bias) / np.maximum(norms(attn), 1e-6)
+    rest = norms(p.attn - p.heads.sum(1) - p.attn_bias) / np.maximum(norms(p.attn), 1e-6)
     if not rest.max() < 0.1:
         raise ModelError(
             f"the heads of layer {int(rest.argmax())} do not add up to its attention: "
             f"{rest.max():.1%} is missing; refusing to show wrong numbers"
         )
-    return _Parts(embed, attn, mlp, heads, bias)
 
 
 def head_contributions(model: Model, layer: int, z: Array) -> tuple[Array, Array]:
@@ -159,16 +213,31 @@ def head_contributions(model: Model, layer: int, z: Array) -> tuple[Array, Array
         (n_head, n_embd) and (n_embd,). Their sum is `attn_out`, up to rounding. A norm behind
         W_O is frozen at its size for this token.
     """
+    parts, bias = heads_of_tokens(model, layer, z[None])
+    return parts[0], bias[0]
+
+
+def heads_of_tokens(model: Model, layer: int, z: Array) -> tuple[Array, Array]:
+    """`head_contributions` of each row of z (n, n_head × head_dim): (n, n_head, n_embd) and
+    (n, n_embd)."""
     topology = model.topology
     n_head, width = topology.sites[Site("head_out", layer)].shape
-    apart = np.zeros((n_head, n_head, width), np.float32)
-    apart[range(n_head), range(n_head)] = z.reshape(n_head, width)
+    n = len(z)
+    apart = np.zeros((n, n_head, n_head, width), np.float32)
+    apart[:, range(n_head), range(n_head)] = z.reshape(n, n_head, width)
+    rows = apart.reshape(n, n_head, n_head * width)
     begin, end = Site("head_out", layer), Site("attn_out", layer)
     steps = walk(topology, model.weights, begin, end, architecture=model.architecture)
     if any(isinstance(step, Tanh) for step in steps):
         raise ModelError(f"attention of {model.architecture} is not linear in its heads")
-    parts, constant = split(steps, apart.reshape(n_head, -1), np.zeros(n_head * width, np.float32))
-    return parts.astype(np.float32), constant.astype(np.float32)
+    zero = np.zeros(n_head * width, np.float32)
+    if any(isinstance(step, Norm) for step in steps):  # each token's has a size of its own
+        each = [split(steps, parts, zero) for parts in rows]
+        split_up, constants = (np.stack(x) for x in zip(*each, strict=True))
+    else:
+        flat, constant = split(steps, rows.reshape(n * n_head, -1), zero)
+        split_up, constants = flat.reshape(n, n_head, -1), np.repeat(constant[None], n, 0)
+    return split_up.astype(np.float32), constants.astype(np.float32)
 
 
 def _of_token(model: Model, p: _Parts, logits: Array, token: int) -> Attribution:

@@ -133,10 +133,10 @@ def _lens(model: Model, result: Result, tokens: Sequence[Token]) -> LensTable:
     rows = np.concatenate([result.captures[Site("resid_post", i)] for i in layers])
     read = model.lens.read(rows, _TOP)
     lens = []
-    for layer, ids, probs in zip(layers, read.ids, read.probs, strict=True):
+    for layer, ids, probs, entropy in zip(layers, read.ids, read.probs, read.entropy, strict=True):
         top = [
             {**model.described(int(t)), "prob": round(float(p), 4)}
             for t, p in zip(ids, probs, strict=True)
         ]
-        lens.append(LensRow(f"l_out-{layer}", layer, len(tokens) - 1, top))
+        lens.append(LensRow(f"l_out-{layer}", layer, len(tokens) - 1, top, float(entropy)))
     return LensTable(model.facts, tokens, lens, n_tokens=1)

@@ -17,7 +17,7 @@ over experts; their scores are divided by their sum to have one. Shared experts 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mia.generation import Token
     from mia.io.provenance import ModelFacts
     from mia.model import Model
+    from mia.show.again import Again
 
 #: what a report shows of the routing: the choice of each token, or the load of each expert
 VIEWS = ("tokens", "load")
@@ -200,9 +201,10 @@ class Routing(Report):
     def plot(self, path: str | Path) -> None:
         """Draws what `view` says; an .html is a page with both and the numbers."""
         from mia.show import plots
+        from mia.show.html import write_page
 
         if Path(path).suffix.lower() == ".html":
-            self._write_page(path)
+            write_page(path, self.page())
         elif self.view == "load":
             figure = plots.heatmap(
                 self._loads(),
@@ -227,15 +229,16 @@ class Routing(Report):
             )
             plots.save(figure, path)
 
-    def _write_page(self, path: str | Path) -> None:
+    def page(self, run: Mapping[str, Any] | None = None, again: Again | None = None) -> str:
+        """Both views, and the numbers."""
         from dataclasses import replace
 
-        from mia.show.html import terminal_page, write_page
+        from mia.show.html import terminal_page
 
         wide = 100_000  # a page scrolls
         parts = [replace(self, view=view).table(wide) for view in VIEWS]
-        page = terminal_page([*parts, self.plain()], title=f"{self.facts.name} · routing")
-        write_page(path, page)
+        line = [again.line()] if again else []
+        return terminal_page([*parts, self.plain(), *line], title=f"{self.facts.name} · routing")
 
     def _choices(self) -> tuple[list[list[str]], Array]:
         """The chosen experts as text, and the first one's weight as a share of all weights of its

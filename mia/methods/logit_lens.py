@@ -13,7 +13,7 @@ import numpy as np
 
 from mia.edits import Edit
 from mia.errors import UsageError
-from mia.lenses.table import LensTable, lens_rows
+from mia.lenses.table import ColourBy, LensTable, check_colour_by, lens_rows
 from mia.methods.patching import today
 from mia.ranges import Ranges, parse_layers, parse_tokens
 from mia.request import Capture, Request, one_or_more
@@ -36,6 +36,7 @@ def logit_lens(
     tokens: Ranges = "*",
     edits: Edit | Sequence[Edit] = (),
     norm: bool = True,
+    colour_by: ColourBy = "probability",
 ) -> LensTable:
     """Runs a prompt and reads sites through the lens.
 
@@ -47,10 +48,13 @@ def logit_lens(
         edits: changes while it runs.
         norm: False leaves out the division by the root mean square, as the first llama.cpp
             tools did.
+        colour_by: what the colours of a picture say: the best token's "probability", or the
+            "entropy" of all.
 
     Raises:
-        UsageError: a site that a lens does not read, or no site left.
+        UsageError: a site that a lens does not read, no site left, or an unknown colour.
     """
+    check_colour_by(colour_by)
     ids = model.ids(prompt)
     labels = _labels(model, [sites] if isinstance(sites, str) else sites, layers)
     positions = parse_tokens(tokens, len(ids))
@@ -64,6 +68,7 @@ def logit_lens(
         tokens=model.token_rows(ids),
         lens=lens_rows(read, places, model.described),
         n_tokens=len(positions),
+        colour_by=colour_by,
     )
 
 

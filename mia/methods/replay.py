@@ -261,6 +261,7 @@ def _changes(old: Run, new: Run) -> list[str]:
         "extra_buffers": "extra weight buffers",
         "processor": "the processor",
         "as_type": "the type that the weights are opened as",
+        "lora": "the list of LoRA adapters",
         "kv_type": "the type of the KV cache",
         "ctx": "the context",
         "threads": "the number of threads",
@@ -289,10 +290,10 @@ def _short(value: Any) -> str:
 
 
 def _default_tolerance(old: Run, new: Run) -> float:
-    same_model = {**(old.model or {}), "name": ""} == {**(new.model or {}), "name": ""}
-    if same_model and old.setup == _setup(new):
+    models, models_now = ([{**m, "name": ""} for m in run.models] for run in (old, new))
+    if models == models_now and old.setup == _setup(new):
         return 0.0
-    kinds = [str(m["file_type"]) for m in (old.model, new.model) if m and "file_type" in m]
+    kinds = [str(m["file_type"]) for m in [*models, *models_now] if "file_type" in m]
     return max((NOISE.get(k, _QUANTIZED_NOISE) for k in kinds), default=0.0)
 
 

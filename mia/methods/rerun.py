@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import io
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextvars import ContextVar
+from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mia.errors import FileError, UsageError
+from mia.show.again import Again
 from mia.show.text import visible
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ NOT_REPLAYABLE = {
     "models convert": "it writes a model file and measures nothing",
     "doctor": "it describes the machine that it runs on",
     "replay": "it compares two runs itself",
+    "merge": "it joins files and measures nothing",
+    "report": "it shows results that were made before",
 }
 #: stands between the words of an option that takes several
 _JOINT = "\x1f"
@@ -74,7 +79,8 @@ def command_line(run: Run, model: str | None = None) -> list[str]:
     """
     command = _find(run.command)
     values = dict(run.arguments)
-    values.pop("rpc", None)  # servers of whoever made it: here MIA_RPC or models.toml decide
+    for name in ("rpc", "dask", "resume"):  # of whoever made it; here MIA_RPC or models.toml decide
+        values.pop(name, None)
     if model is not None:
         if not any(p.name == "model" for p in command.params):
             raise UsageError(f"{run.command} takes no other model")
@@ -97,6 +103,21 @@ def command_line(run: Run, model: str | None = None) -> list[str]:
     return [*run.command.split(), *options, *(["--", *arguments] if arguments else [])]
 
 
+def again(run: Run) -> Again | None:
+    """The command line of a run, for a page; None if it cannot be repeated."""
+
+    def words(without: Collection[str]) -> list[str]:
+        arguments = {k: v for k, v in run.arguments.items() if k not in without}
+        # without the model's facts: threads are not asked for that were not
+        return command_line(replace(run, arguments=arguments, model=None))
+
+    try:
+        options = {p.name: max(p.opts, key=len) for p in _find(run.command).params}
+        return Again(words, options) if words(()) else None
+    except (FileError, UsageError):
+        return None
+
+
 def _processors() -> int:
     from mia.llama.c_numbers import processors
 
@@ -105,20 +126,25 @@ def _processors() -> int:
 
 def _find(name: str) -> Any:
     """The command of a name. Raises `FileError` if there is none, or it cannot be repeated."""
-    from importlib import import_module
-
-    from typer.main import get_command
-
-    # by name: the command line stands above the methods, and its tree is what is run here
-    app = import_module("mia.cli").app
     if name in NOT_REPLAYABLE:
         raise FileError(f"a result of mia {name} cannot be replayed: {NOT_REPLAYABLE[name]}")
-    command: Any = get_command(app)
+    command = _tree()
     for word in name.split():
         command = getattr(command, "commands", {}).get(word)
     if command is None or not hasattr(command, "output"):
         raise FileError(f"there is no command mia {name!r:.60}")
     return command
+
+
+@cache
+def _tree() -> Any:
+    """All commands."""
+    from importlib import import_module
+
+    from typer.main import get_command
+
+    # by name: the command line stands above the methods, and its tree is what is run here
+    return get_command(import_module("mia.cli").app)
 
 
 def _option(run: Run, parameter: Any, value: Any) -> list[str]:

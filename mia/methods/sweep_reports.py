@@ -18,6 +18,7 @@ from mia.sweeps.axes import Axis, Cell
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from mia.engine.dry import Count
     from mia.generation import Token
     from mia.io.provenance import ModelFacts
 
@@ -35,12 +36,13 @@ class Sweep(Report):
         prompt: the tokens of the run that is changed.
         axes: names, values and labels, in the order of the axes of `values`.
         metric, unit: what the numbers are.
-        values: the metric, the mean over the runs that were changed.
+        values: the metric, the mean over the runs that were changed; NaN in cells that are not
+            known yet, or are another shard's.
         low, high: ends of the 95 % interval of the effect over them; None for a single run.
         unchanged, source: the metric of the run that is changed, and of the one that rows come
             from (None where they come from none); means too.
         floor: the largest difference that a change by 1e-5 made; NaN if none was tried.
-        n_runs, n_null: how many runs were changed, and how many changes by 1e-5 tried.
+        n_runs, n_null: how many runs were changed, and how many changes by 1e-5 tried so far.
         k: how many cells the text lists.
     """
 
@@ -67,6 +69,11 @@ class Sweep(Report):
     def effect(self) -> Values:
         """`values` minus `unchanged`."""
         return self.values - self.unchanged
+
+    @property
+    def n_known(self) -> int:
+        """How many cells have a number."""
+        return int(np.isfinite(self.values).sum())
 
     @property
     def restored(self) -> Values:
@@ -122,6 +129,7 @@ class Sweep(Report):
                 **({} if self.high is None else {"high": float(self.high[cell])}),
             }
             for cell in np.ndindex(*self.values.shape)
+            if np.isfinite(self.values[cell])
         ]
 
     def plain(self) -> str:
@@ -129,6 +137,8 @@ class Sweep(Report):
         lines = [f"{self.title}, {self.metric} unchanged: {self.unchanged:.4f}{unit}"]
         if self.source is not None:
             lines[0] += f", of the source: {self.source:.4f}{unit}"
+        if self.n_known < self.values.size:
+            lines.append(f"{self.n_known} of {self.values.size} cells")
         for cell in self._top():
             where = ", ".join(
                 f"{a.name} {self._label(a, i)}" for a, i in zip(self.axes, cell, strict=True)
@@ -139,10 +149,11 @@ class Sweep(Report):
             effect = f"{self.effect[cell]:+.4f}{interval}"
             lines.append(f"{where}: {self.values[cell]:.4f} ({effect})")
         if self.n_null:
-            below = int((~self.above_floor).sum())
+            below = self.n_known - int(self.above_floor.sum())
+            changes = "1 change" if self.n_null == 1 else f"{self.n_null} changes"
             lines.append(
-                f"noise floor {self.floor:.2g}{unit} ({self.n_null} changes by 1e-5); "
-                f"{below} of {self.values.size} cells lie within it"
+                f"noise floor {self.floor:.2g}{unit} ({changes} by 1e-5); "
+                f"{below} of {self.n_known} cells lie within it"
             )
         return "\n".join(lines)
 
@@ -170,34 +181,119 @@ class Sweep(Report):
         return Group(cells, super().table(width))
 
     def plot(self, path: str | Path) -> None:
-        """Draws one axis or two as coloured cells. Those within the noise floor are grey."""
+        """Draws one axis as a curve with its interval and the noise floor, two as coloured cells, of
+        which those within the noise floor are grey."""
         from mia.show import plots
+        from mia.show.effect_curve import effect_curve
 
         if len(self.axes) > 2:
             raise UsageError(f"a picture has one axis or two, not {len(self.axes)}")
         bar = f"change of {self.metric}" + (f" ({self.unit})" if self.unit else "")
         title = f"{self.facts.name} · {self.title} at {self.site}"
-        down, across = self.axes if len(self.axes) == 2 else (None, self.axes[0])
-        effect = np.where(self.above_floor, self.effect, np.nan)
-        fig = plots.heatmap(
-            effect if down is not None else effect[None],
-            x=across.name,
-            y="" if down is None else down.name,
-            bar=bar,
-            title=title,
-            x_labels=[visible(x) for x in across.labels],
-            y_labels=None if down is None else [visible(x) for x in down.labels],
-            diverging=True,
-        )
+        if len(self.axes) == 1:
+            (axis,) = self.axes
+            numbers = all(isinstance(v, (int, float)) for v in axis.values)
+            plain = numbers and axis.labels == tuple(str(v) for v in axis.values)
+            fig = effect_curve(
+                self.effect,
+                x=axis.values if plain else None,
+                labels=() if plain else axis.labels,
+                interval=None if self.low is None or self.high is None else (self.low, self.high),
+                floor=self.floor,
+                title=title,
+                x_label=axis.name,
+                y_label=bar,
+            )
+        else:
+            down, across = self.axes
+            fig = plots.heatmap(
+                np.where(self.above_floor, self.effect, np.nan),
+                x=across.name,
+                y=down.name,
+                bar=bar,
+                title=title,
+                x_labels=[visible(x) for x in across.labels],
+                y_labels=[visible(x) for x in down.labels],
+                diverging=True,
+            )
         plots.save(fig, path)
 
     def _top(self) -> list[Cell]:
         """The cells of the largest effects, the largest first."""
-        order = np.argsort(-np.abs(self.effect), axis=None, kind="stable")[: self.k]
+        order = np.argsort(-np.abs(self.effect), axis=None, kind="stable")
+        order = order[: min(self.k, self.n_known)]  # NaN stands behind all numbers
         cells = [np.unravel_index(i, self.values.shape) for i in order]
         return [tuple(int(i) for i in cell) for cell in cells]
 
     @staticmethod
     def _label(axis: Axis, i: int) -> str:
-        value, label = axis.values[i], visible(axis.labels[i])
-        return str(value) if label == str(value) else f"{value} {label!r}"
+        value, label = axis.values[i], axis.labels[i]
+        return str(value) if label == str(value) else f"{value} '{visible(label)}'"
+
+
+@dataclass(frozen=True, eq=False)
+class Explained(Report):
+    """What a sweep costs, counted before it is run. A token-forward is one token through the model.
+
+    Attributes:
+        n_cells: cells, of all runs that are changed.
+        n_chunks: chunks that they run in.
+        one_by_one: token-forwards of the cells, each run alone.
+        planned: the batches of the planned runs, with those of sources, unchanged runs and changes
+            by 1e-5.
+    """
+
+    facts: ModelFacts
+    n_cells: int
+    n_chunks: int
+    one_by_one: int
+    planned: Count
+
+    @property
+    def share(self) -> float:
+        """Token-forwards of the plan, as a share of those one by one."""
+        return self.planned.rows / self.one_by_one
+
+    @property
+    def block_share(self) -> float:
+        """The same, each token times the blocks that are run for it."""
+        return self.planned.block_rows / (self.one_by_one * self.facts.n_layer)
+
+    @property
+    def mean_rows(self) -> float:
+        """Rows of a batch, on average over the rows."""
+        return sum(d.rows**2 for d in self.planned.decodes) / self.planned.rows
+
+    def document(self) -> dict[str, Any]:
+        decodes = self.planned.decodes
+        return {
+            "model": self.facts.document(),
+            "cells": self.n_cells,
+            "chunks": self.n_chunks,
+            "token_forwards": {
+                "planned": self.planned.rows,
+                "one_by_one": self.one_by_one,
+                "share": rounded(self.share),
+                "share_in_blocks": rounded(self.block_share),
+            },
+            "batches": {
+                "room": self.planned.room,
+                "mean_rows": rounded(self.mean_rows),
+                "rows": [d.rows for d in decodes],
+                "sequences": [d.sequences for d in decodes],
+                "first_block": [d.first_block for d in decodes],
+            },
+        }
+
+    def plain(self) -> str:
+        n, decodes = self.planned.rows, self.planned.decodes
+        chunks = "1 chunk" if self.n_chunks == 1 else f"{self.n_chunks} chunks"
+        return "\n".join(
+            [
+                f"{self.n_cells} cells in {chunks}",
+                f"token-forwards: {n} planned, {self.one_by_one} one by one ({self.share:.3f}); "
+                f"by the blocks that run {self.block_share:.3f}",
+                f"batches: {len(decodes)}; a token's batch has {self.mean_rows:.0f} of "
+                f"{self.planned.room} rows on average",
+            ]
+        )

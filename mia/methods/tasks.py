@@ -94,6 +94,9 @@ class TaskPrompt(Report):
             "seed": self.seed,
         }
 
+    def rows(self) -> list[dict[str, Any]]:
+        return [self.document()]
+
     def plain(self) -> str:
         return self.text
 

@@ -56,5 +56,6 @@ def file_key(model: Model) -> str:
         __version__,
         VERSION,
         *([f"{len(model.rpc)} RPC servers"] if model.rpc else []),
+        *(f"{a.sha256()} {a.scale}" for a in model.adapters),
     ]
     return hashlib.sha256(files.as_utf8("\n".join(map(str, parts))).encode()).hexdigest()[:32]

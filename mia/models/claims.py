@@ -483,7 +483,10 @@ class _Checker:
         is looked up are rows of the file's table."""
         embed = self._sites.get(Site("embed"))
         if embed is not None:
-            table = self._topology.node(self._topology.nodes[embed.index].src[0]).name
+            node = self._topology.nodes[embed.index]
+            while self._topology.graph.is_added(node):
+                node = self._topology.node(node.src[0])
+            table = self._topology.node(node.src[0]).name
             weights = self._model.weights
             got = plain.captures[Site("embed")]
             rows = np.zeros_like(got)

@@ -72,7 +72,9 @@ def terminal_page(parts: Sequence[Any], *, title: str) -> str:
 
     from rich.console import Console
 
-    console = Console(record=True, file=StringIO(), width=100_000, color_system="truecolor")
+    console = Console(
+        record=True, file=StringIO(), width=100_000, color_system="truecolor", no_color=False
+    )
     for part in parts:
         console.print(part, markup=False, highlight=False, crop=False)
         console.print()

@@ -299,11 +299,13 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Axes with lines. `share`: y goes from 0 to 1."""
+    """Axes with lines. `share`: y goes from 0 to 1; `log`: by powers of ten; `bars`: bars instead."""
 
     lines: Sequence[Line]
     y_label: str = ""
     share: bool = False
+    log: bool = False
+    bars: bool = False
 
 
 def curves(
@@ -319,6 +321,65 @@ def curves(
     bands = intervals or {}
     drawn = [Line(name=n, x=x, y=y, band=bands.get(n)) for n, y in lines.items()]
     return panels([Panel(lines=drawn, y_label=y_label)], title=title, x_label=x_label)
+
+
+def trade_off(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    front: tuple[Sequence[float], Sequence[float]],
+    limit: float,
+    marked: tuple[float, float, str] | None = None,
+    title: str = "",
+    x_label: str = "",
+    y_label: str = "",
+) -> Figure:
+    """What is gained (y) against what it costs (x): points of several groups, and their front.
+
+    Points of more than twice the limit lie beyond the picture, and so do those that are far worse than
+    where the front begins.
+
+    Args:
+        points: (x, y) of each group by its name.
+        front: the ends of its steps; the area below it is shaded.
+        limit: the most that it may cost.
+        marked: (x, y, name) of one point.
+    """
+    fig = figure(6.4, 4.4)
+    axes = fig.add_subplot()
+    xs, ys = (np.asarray(a, np.float64) for a in front)
+    axes.fill_between(xs, ys[0], ys, step="post", color="0.5", alpha=0.12, linewidth=0)
+    axes.step(xs, ys, where="post", color="0.2", linewidth=1.2, label="front", zorder=2)
+    markers = "os^Dv<>Ph*"
+    for i, (name, (x, y)) in enumerate(points.items()):
+        look: dict[str, Any] = {"marker": markers[i % len(markers)], "color": f"C{i % 10}"}
+        axes.scatter(x, y, s=14, alpha=0.75, linewidths=0, label=_entry(name), zorder=3, **look)
+    axes.axvline(limit, color="C3", linewidth=1, linestyle="dashed", label="KL budget")
+    shown = [b for x, y in points.values() for a, b in zip(x, y, strict=True) if a <= 2 * limit]
+    low, high = min([*shown, *ys]), max([*shown, *ys])
+    if (height := float(np.ptp(ys))) > 0:
+        low, high = max(low, min(ys) - 0.7 * height), min(high, max(ys) + 0.7 * height)
+    room = 0.09 * (high - low) or 1.0
+    axes.set_xlim(-0.03 * limit, 2 * limit)
+    axes.set_ylim(low - room, high + room)
+    if marked is not None:
+        at_x, at_y, name = marked
+        axes.scatter(
+            [at_x], [at_y], s=80, facecolors="none", edgecolors="k", linewidths=1.2, zorder=4
+        )
+        axes.annotate(
+            safe(name).replace("$", r"\$"),
+            (at_x, at_y),
+            xytext=(0, 9),
+            ha="left" if at_x < limit / 2 else "right",
+            textcoords="offset points",
+            fontsize=8,
+            zorder=5,
+        )
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    _title(fig, axes, title)
+    fig.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return fig
 
 
 def panels(shown: Sequence[Panel], *, title: str = "", x_label: str = "") -> Figure:
@@ -338,6 +399,8 @@ def panels(shown: Sequence[Panel], *, title: str = "", x_label: str = "") -> Fig
         axes.set_ylabel(panel.y_label)
         if panel.share:
             axes.set_ylim(0, 1)
+        if panel.log and any((np.asarray(line.y, np.float64) > 0).any() for line in panel.lines):
+            axes.set_yscale("log")  # of zeros alone there is no logarithm
         axes.margins(x=0.015)  # no tick for a layer after the last
         axes.grid(alpha=0.3, linewidth=0.5)
     at = np.concatenate([np.ravel(line.x) for panel in shown for line in panel.lines])
@@ -366,6 +429,9 @@ def _lines(axes: Axes, panel: Panel, looks: Mapping[str, tuple[str, Any]]) -> No
         x = np.asarray(line.x, np.float64)
         if y.shape != x.shape:
             raise UsageError(f"line {line.name!r} has shape {y.shape}, x has {x.shape}")
+        if panel.bars:
+            axes.bar(x, y, color=colour, zorder=3)
+            continue
         axes.plot(x, y, linewidth=1.2, **style, **markers)
         if line.band is not None and banded:
             low, high = (np.asarray(b, np.float64) for b in line.band)

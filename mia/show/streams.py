@@ -49,6 +49,11 @@ def write_data(text: str) -> None:
     _deliver(lambda: print(safe(text, "\n\t") if on_terminal() else text, flush=True))
 
 
+def write_part(text: str) -> None:
+    """A part of a text on a terminal, at once. Raises `FileError` where stdout takes nothing."""
+    _deliver(lambda: print(safe(text, "\n\t"), end="", flush=True))
+
+
 def write_document(document: Any) -> None:
     """A JSON document on stdout; all ASCII where its encoding cannot hold every character.
 

@@ -61,12 +61,14 @@ class Grid:
         rest: what no axis says.
         window: so many layers around that of a cell are changed together (Meng et al. 2022 take 10
             for MLPs and attention); 1 is the layer alone.
+        only: the cells that `cells` gives; None for all.
     """
 
     axes: tuple[Axis, ...]
     rest: Place
     n_layer: int
     window: int = 1
+    only: range | None = None
 
     def __post_init__(self) -> None:
         names = [a.name for a in self.axes]
@@ -89,7 +91,21 @@ class Grid:
 
     def cells(self) -> Iterator[Cell]:
         """Every cell, the last axis fastest."""
+        if self.only is not None:
+            return (self.cell(i) for i in self.only)
         return itertools.product(*(range(len(a)) for a in self.axes))
+
+    def cell(self, i: int) -> Cell:
+        """Cell i of all, the last axis fastest."""
+        out: list[int] = []
+        for n in reversed(self.shape):
+            i, at = divmod(i, n)
+            out.append(at)
+        return tuple(reversed(out))
+
+    def part(self, start: int, stop: int) -> Grid:
+        """The same grid, of which `cells` gives only those from `start` to `stop` - 1."""
+        return replace(self, only=range(start, stop))
 
     def values(self, cell: Cell) -> dict[str, Any]:
         """axis -> its value in a cell."""

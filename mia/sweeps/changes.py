@@ -7,7 +7,7 @@ Sources: rows of another run, Meng et al. 2022 (arXiv 2202.05262) and Wang et al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -93,19 +93,30 @@ class Patch(Change):
     """Rows of a source run replace those of the run that is changed.
 
     Attributes:
-        rows: site -> (n_source_tokens, width) of the source run.
+        rows: site -> (n_source_tokens, width) of the source run; at a site by key
+            (n_source_tokens, n_head, n_keys).
         source: token of the changed run -> row that takes its place.
         n_head: of the sites that have heads.
+        first: the first token at which the two runs differ. Rows before it are the same, for no
+            token sees a later one: they are left, and a cell of such tokens alone costs nothing.
     """
 
     rows: Mapping[Site, Array]
     source: Mapping[int, int]
     n_head: Mapping[Site, int] = field(default_factory=dict)
+    first: int = 0
 
     def edits(self, place: Place) -> list[Edit]:
-        taken = [self.source[t] for t in place.tokens]
+        tokens = [t for t in place.tokens if t >= self.first]
+        if not tokens:
+            return []
+        taken = [self.source[t] for t in tokens]
         out = []
         for site in sites_of(place):
+            if site.name in BY_KEY:
+                put = _put_lines(self.rows[site], place.heads)
+                out.append(Edit(site, put, tokens=tokens, heads=place.heads))
+                continue
             value = self.rows[site][taken]
             if place.heads is not None:
                 heads = value.reshape(len(value), self.n_head[site], -1)
@@ -116,7 +127,7 @@ class Patch(Change):
                 site,
                 "replace",
                 value,
-                tokens=place.tokens,
+                tokens=tokens,
                 heads=place.heads,
                 dims=place.neurons,
             )
@@ -124,28 +135,61 @@ class Patch(Change):
         return out
 
 
+def _put_lines(lines: Array, heads: Sequence[int] | None) -> Callable[[Array], Array]:
+    """A function that puts a query's line of another run in place of its own.
+
+    Args:
+        lines: (n_tokens, n_head, n_keys) of the other run.
+        heads: those that are replaced; None for all.
+    """
+    chosen = lines if heads is None else lines[:, list(heads)]
+
+    def put(h: Array) -> Array:
+        n_keys = h.shape[1] // chosen.shape[1]  # a query sees itself and all before it
+        return chosen[n_keys - 1, :, :n_keys].reshape(h.shape)
+
+    return put
+
+
+def first_difference(base: Base, source: Base) -> int:
+    """The first token at which two runs differ: in its id, or by an edit at it."""
+    n = min(len(base.tokens), len(source.tokens))
+    differ = [i for i in range(n) if base.tokens[i] != source.tokens[i]]
+    edited = [p for b in (base, source) for e in b.edits for p in e.positions(len(b.tokens))]
+    return min([*differ, *edited], default=n)
+
+
 def patch_from(
-    model: Model, source: Base, sites: Iterable[Site], tokens: Mapping[int, int]
+    model: Model,
+    source: Base,
+    sites: Iterable[Site],
+    tokens: Mapping[int, int],
+    *,
+    into: Base | None = None,
 ) -> Patch:
     """Runs the source and keeps its rows at some sites.
 
     Args:
         tokens: token of the changed run -> token of the source run.
+        into: the changed run, if it is known.
 
-    Raises `UsageError` for a site whose row depends on the length of the prompt.
+    Raises `UsageError` for a site whose rows have a number for each key, if the tokens are not
+    paired with those at the same places.
     """
     sites = list(sites)
+    shifted = any(changed != other for changed, other in tokens.items())
     for site in sites:
-        if site.name in BY_KEY:
+        if site.name in BY_KEY and (shifted or not tokens):
             raise UsageError(
-                f"{site} has a number for each key, and cannot be patched from another prompt; "
-                "patch q, k and v, or head_out"
+                f"{site} has a number for each key: it is patched between prompts whose tokens are "
+                "paired from the start"
             )
     request = Request(source.tokens, source.edits, [Capture(sites)], logits=None)
     rows = model.run([request])[0].captures
-    headed = [s for s in sites if s.kind.headed]
+    headed = [s for s in sites if s.kind.headed and s.name not in BY_KEY]
     shapes = model.topology.sites
-    return Patch(rows, dict(tokens), {s: shapes[s].shape[0] for s in headed})
+    first = 0 if into is None or shifted else first_difference(into, source)
+    return Patch(rows, dict(tokens), {s: shapes[s].shape[0] for s in headed}, first)
 
 
 # -- other changes ---------------------------------------------------------------------

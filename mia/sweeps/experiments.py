@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -33,7 +34,7 @@ from mia.sweeps.changes import (
     patch_from,
     sites_of,
 )
-from mia.sweeps.paths import PathPatch, parse_receivers
+from mia.sweeps.paths import PathPatch, Receiver, parse_receivers
 
 if TYPE_CHECKING:
     from mia.model import Model
@@ -115,6 +116,14 @@ class Experiment:
     def change(self, model: Model, case: Case, grid: Grid) -> Change:
         raise NotImplementedError
 
+    def n_source(self, model: Model, case: Case) -> int:
+        """Tokens of the run whose rows are kept at every site of the sweep."""
+        return 0 if case.source is None else len(case.source.tokens)
+
+    def bytes_per_cell(self, model: Model, case: Case) -> int:
+        """What is kept for each cell besides its edits."""
+        return 0
+
     def check(self, names: Sequence[str], tokens: Sequence[int], case: Case) -> None:
         """Raises `UsageError` where cells would do nothing. `names`: the axes; `tokens`: those of the
         axis, or of every cell."""
@@ -172,7 +181,7 @@ class Patching(Experiment):
 
     def change(self, model: Model, case: Case, grid: Grid) -> Change:
         assert case.source is not None
-        return patch_from(model, case.source, grid_sites(grid), case.pairing)
+        return patch_from(model, case.source, grid_sites(grid), case.pairing, into=case.base)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +216,7 @@ class PatchingPairs(Experiment):
 
     def change(self, model: Model, case: Case, grid: Grid) -> Change:
         assert case.source is not None
-        return patch_from(model, case.source, grid_sites(grid), case.pairing)
+        return patch_from(model, case.source, grid_sites(grid), case.pairing, into=case.base)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,9 +250,19 @@ class PathPatching(Experiment):
     def change(self, model: Model, case: Case, grid: Grid) -> Change:
         assert case.source is not None
         sites = grid_sites(grid)
-        receivers = parse_receivers(self.receivers, model) if self.receivers else []
-        patch = patch_from(model, case.source, sites, case.pairing)
-        return PathPatch(model, case.base, patch, receivers)
+        patch = patch_from(model, case.source, sites, case.pairing, into=case.base)
+        return PathPatch(model, case.base, patch, self._receivers(model))
+
+    def _receivers(self, model: Model) -> list[Receiver]:
+        return parse_receivers(self.receivers, model) if self.receivers else []
+
+    def n_source(self, model: Model, case: Case) -> int:
+        return len(case.base.tokens) + super().n_source(model, case)  # the heads that are held
+
+    def bytes_per_cell(self, model: Model, case: Case) -> int:
+        shapes = model.topology.sites
+        widths = [prod(shapes[r.site].shape) for r in self._receivers(model)]
+        return 4 * len(case.base.tokens) * sum(widths)
 
 
 def _title(into: Into) -> str:
@@ -284,6 +303,9 @@ class Ablation(_OnePrompt):
     @property
     def title(self) -> str:
         return "zero" if self.mean_of is None else "the mean over another prompt"
+
+    def n_source(self, model: Model, case: Case) -> int:
+        return 0 if self.mean_of is None else len(model.ids(self.mean_of))
 
     def change(self, model: Model, case: Case, grid: Grid) -> Change:
         if self.mean_of is None:

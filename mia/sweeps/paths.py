@@ -82,6 +82,7 @@ class PathPatch(Change):
         self._read: dict[Place | Nudge | None, list[Array]] = {}
 
     def prepare(self, places: Sequence[Place], nudges: Sequence[Nudge]) -> None:
+        self._read.clear()
         if not self._receivers:
             return
         sent: dict[Place | Nudge | None, list[Edit]] = {None: []}

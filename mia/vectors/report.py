@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,8 @@ class VectorReport(Report):
         facts: the model it was made with, if that was now.
         file: where it was written.
     """
+
+    own_endings: ClassVar[tuple[str, ...]] = (".gguf", ".safetensors")
 
     vector: Vector
     facts: ModelFacts | None = None
@@ -77,11 +79,11 @@ class VectorReport(Report):
         return "\n".join(f"{i:3d}  |v| {n:9.3f}" for i, n in self.vector.norms.items())
 
     def save(self, path: str | Path) -> None:
-        """Writes the document to a .json, else the vector."""
-        if Path(path).suffix == ".json":
-            super().save(path)
-        else:
+        """Writes the vector to a .gguf or .safetensors, else as every report."""
+        if Path(path).suffix.lower() in self.own_endings:
             self.write(path)
+        else:
+            super().save(path)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,10 @@ from benchmarks.large import large
 from benchmarks.lens import lens
 from benchmarks.processes import process
 from benchmarks.products import products
+from benchmarks.serving import serve
 from benchmarks.shapes import MIXES, SHAPES
 from benchmarks.steering import steer, steering
+from benchmarks.sweeps import sweeps
 from benchmarks.tasks import tasks
 from mia.llama import library_info, probe
 
@@ -26,11 +28,13 @@ from mia.llama import library_info, probe
 GROUPS: dict[str, Callable[[Bench], None]] = {
     "engine": engine,
     "heads": heads,
+    "sweep": sweeps,
     "steer": steer,
     "steering": steering,
     "tasks": tasks,
     "lens": lens,
     "process": process,
+    "serve": serve,
 }
 #: what is measured only if it is asked for by name: files of gigabytes, and no part of mia
 APART = ("large", "products")

@@ -15,6 +15,7 @@ from reliability.inputs import inputs
 from reliability.memory import memory
 from reliability.part import Options, Part
 from reliability.requests import repeat, requests
+from reliability.serving import serving
 from reliability.signals import signals
 from reliability.threads import threads
 
@@ -26,6 +27,7 @@ PARTS: dict[str, tuple[Callable[[Options], Part], int]] = {
     "memory": (memory, 10_000),
     "signals": (signals, 60),
     "threads": (threads, 210),
+    "serving": (serving, 10_000),
 }
 
 

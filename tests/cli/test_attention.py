@@ -103,7 +103,7 @@ def test_help_says_when_flash_attention_is_off() -> None:
 def test_a_terminal_shows_whole_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mia.cli._command.on_terminal", lambda: True)
     lines = run("attention", "-p", PROMPT, "--heads", "1.3").stdout.splitlines()
-    assert lines[0].startswith("layer 1 · head 3 (most: ") and len(lines) == 2 + N
+    assert lines[0].startswith("layer 1 · head 3 (most: ") and len(lines) == 3 + N
     assert [line.split()[0] for line in lines[1:3]] == ["The", "capital"]
     many = run("attention", "-p", PROMPT, "--heads", "*.0-4").stdout.splitlines()
     assert many[0] == "query 7:  of" and len(many) == 1 + 3 * 5

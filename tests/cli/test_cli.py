@@ -166,6 +166,7 @@ def test_completion_is_light_and_survives_a_broken_models_toml(tmp_path: Path) -
         ["logit-lens"],
         ["save", "l_out", "a.safetensors"],
         ["attention"],
+        ["explore", "-n", "1"],
         ["ablate", "--answer", " is", "--heads", "1.*"],
         ["attribute", "--answer", " is"],
         ["perplexity"],

@@ -18,6 +18,7 @@ OWN_MEANING = {
     "--out": "commands that make a file write that file",
     "--bos": "in-context tasks put it in front by default",
     "--plot": "some reports are pages too",
+    "--kl-budget": "steer chooses a coefficient by it, tune a setting",
 }
 
 

@@ -1,6 +1,8 @@
 """run and patch, and the options that change a run, as a person types them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tiny_gguf import write_tiny
 
 from mia.io import activations
 from mia.model import Model
+from mia.show.text import safe
 
 PROMPT = "The capital of France is"
 
@@ -313,3 +316,37 @@ def test_mean_without_a_file_is_a_usage_error() -> None:
 def test_the_values_of_a_long_option_stand_after_it(word: str) -> None:
     result = run("run", "-p", PROMPT, word, code=2)
     assert f"{word[:-2]} expects " in result.stderr and "values after it" in result.stderr
+
+
+def test_tokens_appear_as_they_come_on_a_terminal(tmp_path: Path) -> None:
+    """Each is written by itself; into a pipe goes the whole text at once, the same."""
+    words = [
+        "run",
+        "-m",
+        str(write_tiny(tmp_path / "tiny.gguf", "llama")),
+        "-p",
+        "The cat",
+        "-n",
+        "12",
+        "--seed",
+        "3",
+    ]
+    program = (
+        "import sys; from mia.cli import main; plain = sys.stdout.write; parts = []\n"
+        "sys.stdout.isatty = lambda: LIVE\n"
+        "sys.stdout.write = lambda text: (parts.append(text), plain(text))[1]\n"
+        "try: main()\n"
+        "finally: print(len([p for p in parts if p.strip()]), file=sys.stderr)\n"
+    )
+    told = {}
+    for live in ("True", "False"):
+        code = program.replace("LIVE", live)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words, "--temperature", "1.5"],
+            capture_output=True,
+            check=True,
+        )
+        told[live] = done.stdout.decode(), int(done.stderr.split()[-1])
+    plain, live_text = (told[live][0].rstrip("\n") for live in ("False", "True"))
+    assert live_text == safe(plain, "\n\t")
+    assert told["True"][1] > 4 and told["False"][1] == 1

@@ -48,6 +48,20 @@ SAME: dict[str, tuple[list[str], str]] = {
         "from mia.sweeps.experiments import Ablation\n"
         'report = sweep(m, P, Ablation(), over="layer", tokens="-1")',
     ),
+    "merge": (
+        ["part.jsonl", "-o", "all.jsonl"],
+        'from mia.methods.sweep import merge\nreport = merge(["part.jsonl"], "all.jsonl")',
+    ),
+    "diff": (
+        ["tiny.gguf", "other.gguf", "-p", PROMPT],
+        "from mia import Model\n"
+        "from mia.methods.diff import diff\n"
+        'with Model("tiny.gguf", threads=1) as a, Model("other.gguf", threads=1) as b: report = diff(a, b, P)',
+    ),
+    "why": (
+        ["-p", PROMPT, "--no-parts"],
+        "from mia.methods.why import why\nreport = why(m, P, parts=False)",
+    ),
     "attention": (
         ["-p", PROMPT, "--layers", "1", "-k", "2"],
         'from mia.methods.attention import attention\nreport = attention(m, P, layers="1", k=2)',
@@ -57,6 +71,10 @@ SAME: dict[str, tuple[list[str], str]] = {
         "from mia import Model\n"
         "from mia.methods.experts import experts\n"
         'with Model("mixture.gguf", threads=1) as m: report = experts(m, P, layers="1..2", k=2)',
+    ),
+    "explore": (
+        ["-p", PROMPT, "-n", "3"],
+        "from mia.methods.explore import explore\nreport = explore(m, P, n_predict=3)",
     ),
     "heads": (
         ["--repeat-random", "5", "--prompts", "2"],
@@ -79,6 +97,10 @@ SAME: dict[str, tuple[list[str], str]] = {
         ["v.gguf", "-p", PROMPT],
         'from mia.methods.steer import explain\nreport = explain(m, P, "v.gguf")',
     ),
+    "bake": (
+        ["v.gguf", "-o", "w.gguf", "--coeff", "0.5"],
+        'from mia.methods.bake import bake\nreport = bake(m, "v.gguf", "w.gguf", strength=0.5)',
+    ),
     "steer-words": (
         [
             "v.gguf",
@@ -95,6 +117,12 @@ SAME: dict[str, tuple[list[str], str]] = {
         ],
         "from mia.methods.listed_words import listed_words\n"
         'report = listed_words(m, P, "v.gguf", "positive_words", samples=2, n_predict=4)',
+    ),
+    "tune": (
+        ["v.gguf", "-p", PROMPT, "--answer", "a", "--runs", "12", "--neutral-tokens", "16"],
+        "from mia.methods.tune import tune\n"
+        "from mia.tuning import scores, trials\n"
+        'report = tune(m, P, "v.gguf", scores.Answer("a"), runs=12, neutral=trials.Neutral(tokens=16))',
     ),
     "actadd": (
         [
@@ -233,6 +261,10 @@ SAME: dict[str, tuple[list[str], str]] = {
         ["tiny.gguf", "f16", "w.gguf"],
         'from mia.models.reports import convert\nreport = convert("tiny.gguf", "f16", "w.gguf")',
     ),
+    "report": (
+        ["tokens.json"],
+        'from mia.methods.results import results\nreport = results("tokens.json")',
+    ),
     "replay": (
         ["tokens.json"],
         'from mia.methods.replay import replay\nreport = replay("tokens.json")',
@@ -240,8 +272,8 @@ SAME: dict[str, tuple[list[str], str]] = {
     "doctor": ([], "from mia.models.doctor import doctor\nreport = doctor(m)"),
 }
 #: `models pull` needs a hub (tests/models), `demo` smollm2 (tests/test_smollm2.py), `rpc-server` a
-#: build with RPC (tests/llama/test_rpc.py)
-ELSEWHERE = {"models pull", "demo", "rpc-server"}
+#: build with RPC (tests/llama/test_rpc.py), `serve` runs until it is stopped (tests/serve)
+ELSEWHERE = {"models pull", "demo", "rpc-server", "serve"}
 
 
 def _commands(group: Any, prefix: str = "") -> set[str]:
@@ -264,9 +296,11 @@ def data(folder: Path, path: Path, vector_files: None) -> None:
     Path("on.txt").write_text("The cat sat\nThe sky is blue\n")
     (folder / "tiny.gguf").symlink_to(path)
     write_tiny(folder / "mixture.gguf", "mixtral")
+    write_tiny(folder / "other.gguf", "llama", seed=1)
     with Model(path, threads=1) as m:
         m.look(PROMPT, "l_out-1").save("a.npy")
     run("tokens", "-p", PROMPT, "-o", "tokens.json")
+    run("sweep", *SAME["sweep"][0], "--shard", "1/1", "-o", "part.jsonl")
 
 
 def prepared(name: str) -> tuple[list[str], str]:
@@ -332,7 +366,7 @@ def opened(folder: Path) -> Iterator[dict[str, str]]:
         own = path.parent.name in ("cache", "mia", "sites")
         if path.is_relative_to(folder) and not own and not looked_for:
             names[path.relative_to(folder).as_posix()] = mode
-    for model in ("tiny.gguf", "mixture.gguf"):
+    for model in ("tiny.gguf", "mixture.gguf", "other.gguf"):
         names.pop(model, None)
 
 

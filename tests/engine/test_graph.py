@@ -248,6 +248,22 @@ def test_a_control_vector_at_the_end_of_a_block(monkeypatch: pytest.MonkeyPatch)
     assert sites["resid_post.0"] == "l_out-0"
 
 
+def test_what_an_adapter_adds_is_no_end_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nemotron-H's form: l_out names what the MLP adds, which with an adapter is a sum."""
+    g = Graph()
+    x = g.start()
+    mid = g("ADD", "ffn_inp-0", g.attention(g.norm("attn_norm-0", x)), x)
+    hidden = g("MUL_MAT", "up", g.leaf("up"), g.norm("ffn_norm-0", mid))
+    low = g("MUL_MAT", "A", g.leaf("down.lora_a"), hidden)
+    part = g("SCALE", "part", g("MUL_MAT", "B", g.leaf("down.lora_b"), low))
+    mlp = g("ADD", "l_out-0", g("MUL_MAT", "down", g.leaf("down"), hidden), part)
+    end = g("ADD", "block_out-0", mlp, mid)
+    g("MUL", "result_norm", g("RMS_NORM", "norm", end), g.leaf("w"))
+    sites = g.sites(monkeypatch)
+    assert sites["resid_post.0"] == "block_out-0"
+    assert sites["mlp_out.0"] == "l_out-0" and sites["mlp_norm.0"] == "ffn_norm-0"
+
+
 def test_what_a_later_block_reads_of_an_earlier_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 3n's form: the last blocks attend with the keys of an earlier one."""
     g = Graph()

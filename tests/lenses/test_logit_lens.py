@@ -74,6 +74,8 @@ def test_read_gives_the_best_of_all_logits(pair: tuple[Model, Oracle]) -> None:
     np.testing.assert_allclose(
         read.probs, np.exp(np.take_along_axis(full, order, 1) - lse[:, None]), atol=1e-5
     )
+    p = np.exp(full - lse[:, None])
+    np.testing.assert_allclose(read.entropy, -(p * np.log(p)).sum(1), atol=1e-5)
     np.testing.assert_allclose(read.token_logits, full[:, [3, 250]], atol=1e-5)
     np.testing.assert_allclose(read.token_logprobs, full[:, [3, 250]] - lse[:, None], atol=1e-5)
 
@@ -96,7 +98,7 @@ def test_blocks_of_rows_and_tokens_join_without_a_seam(
     monkeypatch.setattr(LogitLens, "_blocks", narrow)
     parts = model.lens.read(h, 5, tokens=[0, 327])
     np.testing.assert_array_equal(parts.ids, whole.ids)
-    for name in ("logits", "probs", "logsumexp", "token_logits"):
+    for name in ("logits", "probs", "logsumexp", "token_logits", "entropy"):
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), atol=1e-5)
 
 

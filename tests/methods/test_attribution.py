@@ -114,13 +114,13 @@ def test_heads_of_one_layer(llama: Tiny) -> None:
 
 
 def test_wrong_sums_are_refused(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = attribution.head_contributions
+    plain = attribution.heads_of_tokens
 
     def half(*args: object) -> tuple[np.ndarray, np.ndarray]:
         heads, bias = plain(*args)  # type: ignore[arg-type]
         return heads / 2, bias
 
-    monkeypatch.setattr(attribution, "head_contributions", half)
+    monkeypatch.setattr(attribution, "heads_of_tokens", half)
     with pytest.raises(
         ModelError, match=r"heads of layer \d do not add up to its attention: 50.0% is missing"
     ):

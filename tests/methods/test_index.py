@@ -7,7 +7,15 @@ from pathlib import Path
 import mia.methods
 
 #: what methods are made of
-PARTS = {"ab_prompts", "optimisers", "rerun"}
+PARTS = {
+    "ab_prompts",
+    "explore_words",
+    "optimisers",
+    "rerun",
+    "why_findings",
+    "why_parts",
+    "why_shown",
+}
 
 
 def test_the_index_has_every_method_and_its_functions() -> None:

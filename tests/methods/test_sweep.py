@@ -13,10 +13,10 @@ from mia.datasets.prompt_pairs import PromptPair, load_prompt_pairs
 from mia.edits import Edit
 from mia.errors import FileError, RangeError, SiteError, UsageError
 from mia.measure.answers import metric
-from mia.methods.sweep import spread, sweep
+from mia.methods.sweep import explain, spread, sweep
 from mia.request import Request
 from mia.sweeps.axes import window
-from mia.sweeps.changes import aligned
+from mia.sweeps.changes import Base, aligned, first_difference
 from mia.sweeps.experiments import (
     Ablation,
     Blocking,
@@ -54,6 +54,60 @@ def test_a_patched_cell_is_the_oracles(case: Tiny, site: str, into: Any) -> None
         logits = case.oracle.run(base, {name: put})["logits"][-1]
         assert done.values[layer, token] == pytest.approx(kl(plain, logits), abs=1e-4)
     assert done.unchanged == pytest.approx(0, abs=1e-6) and done.floor < 1e-6
+
+
+@pytest.mark.parametrize("site", ["attn_pattern", "attn_scores", "v"])
+@pytest.mark.parametrize("over", ["layer,head", "layer,token"])
+def test_patterns_and_values_apart(case: Tiny, site: str, over: str) -> None:
+    """Where a head looks comes from one run, what it reads there from the other."""
+    clean, corrupted = case.prompt(5, seed=4), case.prompt(5, seed=5)
+    done = sweep(case.model, clean, Patching(corrupted), over=over, site=site, metric="kl", null=2)
+    rows, plain = case.oracle.run(clean), case.oracle.run(corrupted)["logits"][-1]
+    for layer, other in np.ndindex(*done.values.shape):
+        name, chosen = f"{site}.{layer}", (slice(None), other) if over.endswith("head") else other
+
+        shape = (5, -1, 5) if site.startswith("attn") else (5, case.model.n_head_kv, -1)
+
+        def put(
+            h: np.ndarray, name: str = name, chosen: Any = chosen, shape: Any = shape
+        ) -> np.ndarray:
+            h.reshape(shape)[chosen] = rows[name].reshape(shape)[chosen]
+            return h
+
+        logits = case.oracle.run(corrupted, {name: put})["logits"][-1]
+        assert done.values[layer, other] == pytest.approx(kl(plain, logits), abs=1e-4)
+    assert done.effect.max() > 1e-3
+
+
+def test_what_the_runs_share_is_not_patched(case: Tiny) -> None:
+    """Rows before the first difference are the same: their cells cost nothing, and are the
+    unchanged number to the last bit. All others are the oracle's."""
+    clean = case.prompt(6, seed=4)
+    corrupted = [*clean[:3], (clean[3] + 1) % 40 + 3, *clean[4:]]
+    whole = explain(case.model, clean, Patching(case.prompt(6, seed=9)), metric="kl", null=0)
+    shared = explain(case.model, clean, Patching(corrupted), metric="kl", null=0)
+    assert shared.planned.rows < whole.planned.rows
+    done = sweep(case.model, clean, Patching(corrupted), metric="kl", null=2)
+    assert (done.values[:, :3] == done.unchanged).all()
+    rows, plain = case.oracle.run(clean), case.oracle.run(corrupted)["logits"][-1]
+    for layer, token in [(0, 3), (1, 4), (2, 5)]:
+        name = f"resid_post.{layer}"
+
+        def put(h: np.ndarray, name: str = name, token: int = token) -> np.ndarray:
+            h[token] = rows[name][token]
+            return h
+
+        logits = case.oracle.run(corrupted, {name: put})["logits"][-1]
+        assert done.values[layer, token] == pytest.approx(kl(plain, logits), abs=1e-4)
+    every = sweep(case.model, clean, Patching(corrupted), over="layer", metric="kl", null=0)
+    assert every.values[-1] == pytest.approx(kl(plain, rows["logits"][-1]), abs=1e-4)
+
+
+def test_where_two_runs_differ_first() -> None:
+    base = Base([1, 2, 3, 4], [Edit("embed", "zero", tokens=[-2])])
+    assert first_difference(base, Base([1, 2, 3, 4])) == 2
+    assert first_difference(Base([1, 2, 9]), Base([1, 2, 3, 4])) == 2
+    assert first_difference(Base([1, 2, 9]), Base([1, 2, 9])) == 3
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> float:
@@ -228,6 +282,7 @@ def test_experiments_have_sites_and_axes_of_their_own(llama: Tiny) -> None:
         (Blocking(), {"over": "layer"}, "with all tokens hidden nobody is left"),
         (PathPatching(llama.prompt(5, seed=3)), {"site": "q"}, "the site is head_out, not q"),
         (Ablation(tokens), {"site": "attn_pattern"}, "it has no mean over tokens"),
+        (Patching(tokens[1:], align="end"), {"site": "attn_pattern"}, "paired from the start"),
         (Patching(tokens[1:], align="end"), {"tokens": "0"}, "token 0 has no partner"),
     ):
         given: dict[str, Any] = options
@@ -268,7 +323,6 @@ def test_small_parts() -> None:
         ({"metric": "nats"}, UsageError, "unknown metric 'nats'; known: logprob"),
         ({"metric": "logprob"}, UsageError, "the metric logprob needs an answer"),
         ({"window": 0}, UsageError, "a window of 0 layers"),
-        ({"site": "attn_scores"}, UsageError, "cannot be patched from another prompt"),
         ({"site": "router"}, SiteError, "router"),
     ],
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import Tiny
 
-from mia.errors import UsageError
+from mia.errors import FileError, UsageError
 from mia.notices import MiaWarning
 from mia.vectors import Vector, load
 from mia.vectors.report import VectorReport, inspect
@@ -37,7 +37,7 @@ def test_save_writes_the_vector_or_its_document(tmp_path: Path) -> None:
     with pytest.warns(MiaWarning, match="wrote"):
         report.save(tmp_path / "v.safetensors")
     assert load(tmp_path / "v.safetensors").layers == [1]
-    with pytest.raises(UsageError, match=r"ends in \.gguf"):
+    with pytest.raises(FileError, match=r"must end in \.json, .*\.gguf, \.safetensors"):
         report.save(tmp_path / "v.txt")
 
 

@@ -1,0 +1,1 @@
+"""Edits as changes of weights, and the files that hold them (`mia.methods.bake`)."""

@@ -1,0 +1,26 @@
+"""Values of a document, as a page reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mia.arrays import Floats
+
+Document = Mapping[str, Any]
+
+
+def array(values: Any) -> Floats:
+    """Numbers of a document, in which None stands for what is not finite."""
+    return np.array(values, dtype=np.float64)  # numpy reads None as NaN
+
+
+def texts(tokens: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(str(t["text"]) for t in tokens)
+
+
+def number_or_none(x: float | None) -> str:
+    return "none" if x is None or not math.isfinite(x) else f"{x:.5g}"
