@@ -371,6 +371,7 @@ def _report(head: Mapping[str, Any], numbers: Numbers, facts: ModelFacts) -> Swe
         floor=numbers.floor,
         n_runs=head["runs"],
         n_null=numbers.n_null,
+        random=tuple(numbers.random),
         k=head["listed"],
     )
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from mia.errors import UsageError
 from mia.show.report import Report
 from mia.show.text import rounded, visible
+from mia.show.values import random_line
 from mia.sweeps.axes import Axis, Cell
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Sweep(Report):
         floor: the largest difference that a change by 1e-5 made; NaN if none was tried.
         n_runs, n_null: how many runs were changed, and how many changes by 1e-5 tried so far.
         k: how many cells the text lists.
+        random: of a vector: how far random directions of its norm moved the metric, in cells spread over
+            the sweep; empty for other changes.
     """
 
     facts: ModelFacts
@@ -64,6 +67,7 @@ class Sweep(Report):
     n_runs: int
     n_null: int
     k: int
+    random: tuple[float, ...] = ()
 
     @property
     def effect(self) -> Values:
@@ -114,6 +118,7 @@ class Sweep(Report):
             "source": None if self.source is None else rounded(self.source),
             "noise_floor": None if np.isnan(self.floor) else rounded(self.floor),
             "null": self.n_null,
+            **({"random": rounded(np.array(self.random))} if self.random else {}),
             "runs": self.n_runs,
         }
 
@@ -155,6 +160,8 @@ class Sweep(Report):
                 f"noise floor {self.floor:.2g}{unit} ({changes} by 1e-5); "
                 f"{below} of {self.n_known} cells lie within it"
             )
+        if self.random:
+            lines.append(random_line(self.random, unit))
         return "\n".join(lines)
 
     def table(self, width: int) -> RenderableType:

@@ -11,7 +11,7 @@ import numpy as np
 from mia.arrays import Floats
 from mia.show.again import Again
 from mia.show.page import Axis, Bar, BarList, Command, Curve, HeatMap, Line, Of, Paragraph, Part
-from mia.show.values import Document, array, number_or_none, texts
+from mia.show.values import Document, array, number_or_none, random_line, texts
 
 #: maps of one result, and bars of a list, at most
 _MAPS, _BARS = 24, 20
@@ -90,6 +90,8 @@ def _summary(d: Document, effect: Floats, floor: float) -> str:
             f"noise floor {floor:.2g} {_unit(d)} ({changes} by 1e-5); "
             f"{below} of {known} cells lie within it"
         )
+    if d.get("random"):
+        lines.append(random_line(d["random"], f" {_unit(d)}".rstrip()))
     return "\n".join(lines)
 
 

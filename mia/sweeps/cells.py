@@ -34,6 +34,7 @@ class CellRow(NamedTuple):
         unchanged: that of the run that is changed.
         source: that of the run that rows come from; None where they come from none.
         null: that of a change too small to matter at this place; None where none was tried.
+        random: that of a random change as large as the cell's; None where none was tried.
     """
 
     run: int
@@ -42,6 +43,7 @@ class CellRow(NamedTuple):
     unchanged: float
     source: float | None = None
     null: float | None = None
+    random: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +86,22 @@ class Prepared:
         ]
         nulls = {i: first + len(out) + n for n, i in enumerate(self.nudges)}
         out += [request_of(base, metric, change.nudged(n)) for n in self.nudges.values()]
+        randoms: dict[int, int] = {}
+        for i in self.nudges:
+            if (edits := change.random(grid.place(grid.cell(i)), i)) is not None:
+                randoms[i] = first + len(out)
+                out.append(request_of(base, metric, edits))
         rows = [
-            _Waiting(self.run, i, metric, first + 1 + n, first, self.source, nulls.get(i))
+            _Waiting(
+                self.run,
+                i,
+                metric,
+                first + 1 + n,
+                first,
+                self.source,
+                nulls.get(i),
+                randoms.get(i),
+            )
             for n, i in enumerate(self.cells)
         ]
         return out, rows
@@ -124,6 +140,7 @@ class _Waiting(NamedTuple):
     unchanged: int
     source: Any
     null: int | None
+    random: int | None
 
     def row(self, values: dict[int, Any]) -> CellRow:
         number = self.metric.number
@@ -134,10 +151,11 @@ class _Waiting(NamedTuple):
             number(values[self.unchanged]),
             None if self.source is None else number(self.source),
             None if self.null is None else number(values.pop(self.null)),
+            None if self.random is None else number(values.pop(self.random)),
         )
 
     def is_ready(self, values: dict[int, Any]) -> bool:
-        needed = (self.value, self.unchanged, self.null)
+        needed = (self.value, self.unchanged, self.null, self.random)
         return all(i is None or i in values for i in needed)
 
 

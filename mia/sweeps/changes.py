@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mia.arrays import Array
+from mia.arrays import Array, norms
 from mia.edits import Edit
 from mia.errors import UsageError
 from mia.measure.noise import nudge
@@ -60,6 +60,10 @@ class Change:
     def nudged(self, nudge: Nudge) -> list[Edit]:
         """Edits that are too small to matter (`mia.measure.noise`)."""
         return nudge.edits
+
+    def random(self, place: Place, seed: int) -> list[Edit] | None:
+        """Edits as large as those of a place, at random; None where there is no such thing."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,16 +216,25 @@ class Steer(Change):
     vector: Vector
 
     def edits(self, place: Place) -> list[Edit]:
-        layers = [i for i in place.layers if i in self.vector.layers]
+        return self._added(place, {i: self.vector[i] for i in self._layers(place)})
+
+    def random(self, place: Place, seed: int) -> list[Edit]:
+        """A direction of the same norm at each layer, uniform over the sphere."""
+        rng = np.random.default_rng(seed)
+        directions = {}
+        for i in self._layers(place):
+            d = rng.normal(size=self.vector[i].shape)
+            directions[i] = (d / np.linalg.norm(d) * norms(self.vector[i])).astype(np.float32)
+        return self._added(place, directions)
+
+    def _layers(self, place: Place) -> list[int]:
+        return [i for i in place.layers if i in self.vector.layers]
+
+    def _added(self, place: Place, directions: Mapping[int, Array]) -> list[Edit]:
+        site, at = self.vector.site, place.tokens
         return [
-            Edit(
-                Site(self.vector.site, i),
-                "add",
-                self.vector[i],
-                tokens=place.tokens,
-                coeff=place.coeff,
-            )
-            for i in layers
+            Edit(Site(site, i), "add", d, tokens=at, coeff=place.coeff)
+            for i, d in directions.items()
         ]
 
 

@@ -22,6 +22,7 @@ class Numbers:
     Attributes:
         n_rows: how many there are.
         n_null: how many changes too small to matter have a number.
+        random: how far each random change as large as a cell's moved the metric.
     """
 
     def __init__(self, n_runs: int, shape: tuple[int, ...]):
@@ -31,6 +32,7 @@ class Numbers:
         self._values, self._unchanged = np.full(size, np.nan), np.full(size, np.nan)
         self._sources: dict[int, float] = {}
         self._floors: dict[int, float] = {}
+        self.random: list[float] = []
 
     def put(self, rows: Iterable[CellRow]) -> None:
         for row in rows:
@@ -42,6 +44,8 @@ class Numbers:
                 moved = abs(row.null - row.unchanged)
                 self.n_null += 1
                 self._floors[row.run] = max(self._floors.get(row.run, 0.0), moved)
+            if row.random is not None:
+                self.random.append(abs(row.random - row.unchanged))
             self.n_rows += 1
 
     @property

@@ -35,6 +35,7 @@ class Lines:
             "unchanged": row.unchanged,
             **({} if row.source is None else {"source": row.source}),
             **({} if row.null is None else {"null": row.null}),
+            **({} if row.random is None else {"random": row.random}),
         }
         return json.dumps(values).encode() + b"\n"
 
@@ -44,7 +45,7 @@ class Lines:
         where = self._where(run, cell)
         if not isinstance(values, dict) or any(values.get(k) != v for k, v in where.items()):
             raise ValueError("another cell")
-        numbers = [values.get(k) for k in ("value", "unchanged", "source", "null")]
+        numbers = [values.get(k) for k in ("value", "unchanged", "source", "null", "random")]
         if any(not isinstance(x, float) for x in numbers[:2]):
             raise ValueError("no numbers")
         if any(not isinstance(x, (float, type(None))) for x in numbers):

@@ -13,7 +13,7 @@ from mia.datasets.prompt_pairs import PromptPair, load_prompt_pairs
 from mia.edits import Edit
 from mia.errors import FileError, RangeError, SiteError, UsageError
 from mia.measure.answers import metric
-from mia.methods.sweep import explain, spread, sweep
+from mia.methods.sweep import explain, load, spread, sweep
 from mia.request import Request
 from mia.sweeps.axes import window
 from mia.sweeps.changes import Base, aligned, first_difference
@@ -240,6 +240,33 @@ def test_blocked_keys_and_added_vectors(llama: Tiny) -> None:
     added = sweep(m, tokens, Steering(v), over="coeff", layers="1", coeffs=[0, 1, 4], metric="kl")
     assert added.values[0] == pytest.approx(0, abs=1e-6)
     assert 0 < added.values[1] < added.values[2]
+
+
+def test_a_vector_is_beside_random_directions_of_its_norm(llama: Tiny, tmp_path: Path) -> None:
+    m, tokens = llama.model, llama.prompt(5, seed=4)
+    v = Vector({1: llama.vector(), 2: 3 * llama.vector(seed=8)})
+    how: dict[str, Any] = {"metric": "kl", "coeffs": [2], "null": 4}
+    done = sweep(m, tokens, Steering(v), rows=tmp_path / "r.jsonl", **how)
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    tried = [(i, line) for i, line in enumerate(lines) if "random" in line]
+    assert len(tried) == 4 and all("null" in line for _, line in tried)
+    plain = llama.oracle.run(tokens)["logits"][-1]
+    for i, line in tried:
+        d = np.random.default_rng(i).normal(size=v[line["layer"]].shape)
+        d *= 2 * np.linalg.norm(v[line["layer"]]) / np.linalg.norm(d)
+
+        def add(h: np.ndarray, d: np.ndarray = d, token: int = line["token"]) -> np.ndarray:
+            h[token] += d
+            return h
+
+        logits = llama.oracle.run(tokens, {f"resid_post.{line['layer']}": add})["logits"][-1]
+        assert line["random"] == pytest.approx(kl(plain, logits), abs=1e-4)
+    assert done.random == pytest.approx([line["random"] for _, line in tried], abs=1e-6)
+    assert done.document()["random"] == pytest.approx(done.random, abs=1e-4)
+    said = f"4 random directions of the same norm moved it by {np.mean(done.random):.2g} nats"
+    assert said in done.plain() and said in done.page()
+    assert load(tmp_path / "r.jsonl").random == done.random
+    assert sweep(m, tokens, Ablation(), metric="kl").random == ()
 
 
 def test_texts_of_a_prompt(llama: Tiny) -> None:
