@@ -265,14 +265,14 @@ def test_the_model_s_thread_outlives_its_faults(
 
 
 def test_connections_that_say_nothing_are_closed(model: Model) -> None:
-    with serving(model, limits=Limits(connections=4, body_seconds=0.5)) as client:
+    with serving(model, limits=Limits(connections=4, body_seconds=2)) as client:
         silent = [socket.create_connection(("127.0.0.1", client.port)) for _ in range(4)]
         silent[0].sendall(b"GET /health HT")
         silent[1].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea")
         assert b"\r\n\r\n" in silent[1].recv(4096)
         time.sleep(0.1)
         assert client.get("/health").status == 503
-        for _ in range(60):
+        for _ in range(200):
             time.sleep(0.05)
             if (status := client.get("/health").status) == 200:
                 break
@@ -289,7 +289,9 @@ def test_the_end_of_the_server_ends_what_is_under_way(model: Model) -> None:
         body = {"prompt": "The cat", "max_tokens": 2000, "ignore_eos": True}
         whole = pool.submit(client.post, "/v1/completions", **body)
         streamed = pool.submit(client.post, "/v1/completions", **body, stream=True)
-        while client.health()["running"] < 2:
+        for _ in range(500):
+            if client.health()["running"] == 2:
+                break
             time.sleep(0.01)
         client.server.scheduler.stop()
         assert whole.result(10).status == 500 and "stopping" in whole.result().error

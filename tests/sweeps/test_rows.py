@@ -142,7 +142,7 @@ def test_a_sweep_that_was_killed_gives_the_same_file(
     size, rng = whole.stat().st_size, random.Random(7)
     argv = [sys.executable, "-c", CHILD, str(llama.path), str(path), str(clean), str(corrupted)]
     folder = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": f"{folder}:{tmp_path}", "DELAY": "0.002"}
+    env = {**os.environ, "PYTHONPATH": f"{folder}:{tmp_path}", "DELAY": "0.008"}
     for moment in sorted(rng.random() for _ in range(5)):
         with subprocess.Popen(argv, env=env) as child:
             while not path.exists() or path.stat().st_size < moment * size:
