@@ -142,14 +142,15 @@ class _Waiting(NamedTuple):
     null: int | None
     random: int | None
 
-    def row(self, values: dict[int, Any]) -> CellRow:
+    def row(self, values: dict[int, Any], source: float | None) -> CellRow:
+        """`source`: the number of the run that rows come from."""
         number = self.metric.number
         return CellRow(
             self.run,
             self.cell,
             number(values.pop(self.value)),
             number(values[self.unchanged]),
-            None if self.source is None else number(self.source),
+            source,
             None if self.null is None else number(values.pop(self.null)),
             None if self.random is None else number(values.pop(self.random)),
         )
@@ -165,13 +166,22 @@ class _Ordered:
     def __init__(self, rows: Sequence[_Waiting], on_row: Callable[[CellRow], None]):
         self._rows, self._on_row, self._next = rows, on_row, 0
         self._values: dict[int, Any] = {}
+        #: index of an unchanged run -> the number of the run that its rows come from
+        self._sources: dict[int, float] = {}
 
     def put(self, index: int, result: Result) -> None:
         self._values[index] = result.value
         while self._next < len(self._rows) and self._rows[self._next].is_ready(self._values):
-            row = self._rows[self._next].row(self._values)
+            waiting = self._rows[self._next]
             self._next += 1
-            self._on_row(row)
+            self._on_row(waiting.row(self._values, self._source(waiting)))
+
+    def _source(self, row: _Waiting) -> float | None:
+        if row.source is None:
+            return None
+        if row.unchanged not in self._sources:
+            self._sources[row.unchanged] = row.metric.number(row.source)
+        return self._sources[row.unchanged]
 
 
 def seeds_of(n_cells: int, null: int) -> dict[int, int]:
