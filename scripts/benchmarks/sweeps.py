@@ -22,7 +22,7 @@ NEURONS = (1, 8, 64)
 
 
 def sweeps(bench: Bench) -> None:
-    with Model(bench.model.name, threads=1) as m:
+    with Model(bench.model.path, threads=1) as m:
         _map(bench, m)
         _variants(bench, m)
 
@@ -71,7 +71,8 @@ def _planned(bench: Bench, m: Model, clean: list[int], corrupted: list[int], pai
 def _variants(bench: Bench, m: Model) -> None:
     """Milliseconds of a variant."""
     clean, corrupted = bench.tokens(N_SHORT), bench.tokens(N_SHORT, shift=3)
-    layers = [i * m.n_layer // 8 for i in range(8)]
+    layers = sorted({i * m.n_layer // 8 for i in range(8)})
+    most = [n for n in NEURONS if n <= m.n_embd]
 
     def asked(n: int) -> dict[str, Any]:
         axes = {"over": "layer,token,neuron", "layers": layers, "neurons": range(n)}
@@ -80,14 +81,14 @@ def _variants(bench: Bench, m: Model) -> None:
     def run(n: int) -> object:
         return sweep(m, clean, Patching(corrupted), **asked(n))
 
-    for n in NEURONS:
+    for n in most:
         told = explain(m, clean, Patching(corrupted), **asked(n))
         bench.add(
             f"{told.n_cells} variants of {N_SHORT} tokens, token-forwards by blocks, a variant",
             [told.planned.block_rows / m.n_layer / told.n_cells],
             unit="",
         )
-    for n in NEURONS[:: 2 if bench.quick else 1]:
+    for n in most[:: 2 if bench.quick else 1]:
         rounds = 3 if n < NEURONS[-1] and not bench.quick else 1
         seconds = [processor_seconds(partial(run, n)) for _ in range(rounds)]
         variants = len(layers) * N_SHORT * n

@@ -1,6 +1,6 @@
 """Where facts are kept: causal tracing over facts that the model knows (Meng et al. 2022, figure 1).
 
-    python scripts/experiments/causal_tracing.py [MODEL] [--as TYPE] [--draws N] [-o FILE.png]
+    python scripts/experiments/causal_tracing.py [MODEL] [--as TYPE] [--draws N] [--restored residual] [-o FILE.png]
 
 For each fact the subject's embeddings get noise, and one place is restored at a time: the residual stream
 of one layer, or the output of a window of MLPs or attention layers. The effect is on the probability of the
@@ -105,8 +105,8 @@ def report(what: str, effects: np.ndarray) -> None:
 
 
 def draw(effects: dict[str, np.ndarray], path: str, title: str) -> None:
-    fig = plots.figure(11, 5)
-    panels = fig.subplots(1, len(effects), sharey=True)
+    fig = plots.figure(1.5 + 3.5 * len(effects), 5)
+    panels = fig.subplots(1, len(effects), sharey=True, squeeze=False)[0]
     for axes, (what, a) in zip(panels, effects.items(), strict=True):
         image = axes.imshow(np.nanmean(a, 0), origin="lower", aspect="auto", cmap="Purples", vmin=0)
         axes.set_xticks(range(len(PARTS)), PARTS, rotation=40, ha="right", fontsize=8)
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--as", dest="as_type")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("-t", "--threads", type=int)
+    parser.add_argument("--restored", nargs="*", choices=list(RESTORED), default=list(RESTORED))
     parser.add_argument("-o", "--out")
     o = parser.parse_args()
     warnings.simplefilter("ignore", MiaWarning)
@@ -130,7 +131,8 @@ def main() -> None:
         facts = list(known(model))
         print(f"{len(facts)} facts that {model.name} knows")
         effects = {}
-        for what, (site, n) in RESTORED.items():
+        for what in o.restored:
+            site, n = RESTORED[what]
             width = max(1, n * model.n_layer // 25)
             effects[what] = np.stack([trace(model, f, site, width, o.draws) for f in facts])
             report(f"{what}, {width} layers at a time" if width > 1 else what, effects[what])
