@@ -42,7 +42,7 @@ class ExperimentOptions:
     swap: Annotated[
         list[str] | None,
         option(
-            "--swap", help="Patch them into -p with words replaced: 'France=Japan'.", panel=CHANGE
+            "--swap", help="Patch them into -p with texts replaced: 'France=Japan'.", panel=CHANGE
         ),
     ] = None
     noise_on: Annotated[

@@ -8,7 +8,7 @@ import typer
 
 from mia.cli._build import open_model, prompt_ids, unescaped
 from mia.cli._command import command
-from mia.cli._groups import ModelOptions, PromptOptions, SeedOption
+from mia.cli._groups import ModelOptions, NullOption, PromptOptions, SeedOption
 from mia.show.report import Report
 
 
@@ -50,9 +50,7 @@ def why(
             "--parts/--no-parts", help="Also the causal map, heads, MLPs and lens, not spans alone."
         ),
     ] = True,
-    null: Annotated[
-        int, typer.Option("--null", help="Changes by 1e-5 that measure the noise floor.", min=0)
-    ] = 6,
+    null: NullOption = 6,
     seed: SeedOption = 0,
     top_k: Annotated[
         int, typer.Option("-k", "--top-k", help="How many of the best to list.", min=1)

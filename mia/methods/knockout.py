@@ -13,13 +13,12 @@ heads.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mia.arrays import IntArray
 from mia.edits import Edit
 from mia.engine.patterns import HiddenKeys
 from mia.errors import UsageError
@@ -90,35 +89,14 @@ def block_edits(model: Model, block: Block) -> list[Edit]:
     """
     heads = every_head(model.n_layer, model.n_head) if block.heads is None else block.heads
     blocked = np.asarray(block.keys, np.intp)
-    return _edits(block.queries, by_layer(heads), lambda query: blocked, block.generated)
-
-
-def hidden_edits(
-    model: Model, queries: Sequence[int], keys: Callable[[int], IntArray]
-) -> list[Edit]:
-    """The same in all layers and heads, with other keys for each query.
-
-    Args:
-        keys: a query's position -> the positions that it may not attend to, not its own.
-    """
-    heads = by_layer(every_head(model.n_layer, model.n_head))
-    return _edits(queries, heads, keys, generated=False)
-
-
-def _edits(
-    queries: Sequence[int],
-    heads: Mapping[int, Sequence[int]],
-    keys: Callable[[int], IntArray],
-    generated: bool,
-) -> list[Edit]:
     functions: dict[int, HiddenKeys] = {}  # one for several layers: their cells are the same
     return [
         Edit(
             Site("attn_scores", layer),
-            functions.setdefault(len(chosen), HiddenKeys(keys, len(chosen))),
-            tokens=queries,
-            generated=generated,
+            functions.setdefault(len(chosen), HiddenKeys(lambda query: blocked, len(chosen))),
+            tokens=block.queries,
+            generated=block.generated,
             heads=chosen,
         )
-        for layer, chosen in heads.items()
+        for layer, chosen in by_layer(heads).items()
     ]
