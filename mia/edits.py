@@ -29,7 +29,7 @@ n_head coefficients are one per head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -49,6 +49,10 @@ Tokens = int | slice | Sequence[int] | None
 # -- operators ---------------------------------------------------------------------------
 
 
+#: of a number x and one of the edit: their sum, the other one, their product
+Operation = Literal["add", "set", "multiply"]
+
+
 @dataclass(frozen=True, slots=True)
 class Operator:
     """One row of the table of operators.
@@ -60,6 +64,7 @@ class Operator:
         direction: v is a direction, which a zero vector has not: `apply` gets its unit vector
             as v, and c·|v| as c.
         average: a value of several rows stands for their mean.
+        operation: if it is one sum, product or replacement of each number, which.
         coeff: whether c is ignored ("none"), is one number ("one"), or may also differ along
             the row ("each").
     """
@@ -70,6 +75,7 @@ class Operator:
     value: bool = True
     direction: bool = False
     average: bool = False
+    operation: Operation | None = None
     coeff: Literal["none", "one", "each"] = "one"
 
 
@@ -118,11 +124,18 @@ def _cap(h: Array, unit: Array, c: Coeff) -> Array:
 
 
 _TABLE = (
-    Operator("replace", "c·v", _replace),
-    Operator("add", "h + c·v", _add, coeff="each"),
-    Operator("scale", "c·h", _scale, value=False, coeff="each"),
-    Operator("zero", "0", _zero, value=False, coeff="none"),
-    Operator("mean", "the mean over v's rows (mean ablation)", _mean, average=True, coeff="none"),
+    Operator("replace", "c·v", _replace, operation="set"),
+    Operator("add", "h + c·v", _add, operation="add", coeff="each"),
+    Operator("scale", "c·h", _scale, value=False, operation="multiply", coeff="each"),
+    Operator("zero", "0", _zero, value=False, operation="set", coeff="none"),
+    Operator(
+        "mean",
+        "the mean over v's rows (mean ablation)",
+        _mean,
+        average=True,
+        operation="set",
+        coeff="none",
+    ),
     Operator("blend", "h(1 - c) + c·v", _blend, coeff="each"),
     Operator("project_out", "h - (h·v̂)v̂", _project_out, direction=True, coeff="none"),
     Operator(
@@ -196,6 +209,8 @@ class Edit:
     _value: Array | None = field(init=False, repr=False, default=None)
     _length: Floats | None = field(init=False, repr=False, default=None)
     _coeff: Coeff = field(init=False, repr=False, default=np.float32(1))
+    # the edit that this one is at more or fewer tokens (`on_text`)
+    _origin: Edit | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         if not isinstance(self.site, (str, Site)):
@@ -272,6 +287,41 @@ class Edit:
             raise UsageError(f"the edit at {self.site} selects token {twice} twice")
         return positions
 
+    @property
+    def origin(self) -> Edit:
+        """The edit that this one is at other tokens (`on_text`): it does the same to a row."""
+        return self._origin or self
+
+    def on_text(self, n_prompt: int, n_tokens: int) -> Edit:
+        """The edit as a run makes it that generates, for a run that reads what was generated.
+
+        Its tokens are those of the first `n_prompt` tokens; if it is made at generated tokens too, it is
+        at all tokens behind them. Only those of the first `n_tokens` tokens stay.
+        """
+        if self.tokens is None and self.on_generated:
+            return self
+        chosen = self.positions(n_prompt)
+        kept = [i for i, p in enumerate(chosen) if p < n_tokens]
+        positions = [chosen[i] for i in kept]
+        if self.on_generated:
+            positions += range(n_prompt, n_tokens)
+        if self.tokens == positions:
+            return self
+        v, value = self._value, self.value
+        has_rows = v is not None and v.ndim == 2 and len(v) > 1
+        if has_rows:
+            given = np.asarray(value)
+            if len(given) != len(chosen):
+                raise UsageError(
+                    f"the edit at {self.site} selects {len(chosen)} tokens but has {len(given)} "
+                    "rows of value"
+                )
+            value = given[kept or [0]]
+        edit = replace(self, value=value, tokens=positions, generated=self.on_generated)
+        if not has_rows:
+            object.__setattr__(edit, "_origin", self.origin)
+        return edit
+
     def check(self, site: Site, shape: tuple[int, ...], n_tokens: int) -> None:
         """Raises `UsageError` or `RangeError` if heads, dims or the value do not fit the number
         of tokens, or rows of `shape`: (width,) or (n_head, head_dim)."""
@@ -343,6 +393,21 @@ class Edit:
             if self.keep_norm:
                 out = _with_norm_of(h, out)
             rows[index] = out.reshape(old.shape)
+
+    def as_arithmetic(self, width: int, pick: int) -> tuple[Operation, Array] | None:
+        """What the edit does to the selected part of one row, if it is one sum, product or replacement
+        of each number: which, and what with, (width,). None if it is not.
+
+        Args:
+            pick: see `apply`.
+        """
+        if self._operator is None or self._operator.operation is None or self.keep_norm:
+            return None
+        # a sum with -0 is what is added, its sign too, and a product with 1 what it multiplies with
+        h = np.full((1, width), 1 if self._operator.operation == "multiply" else -0.0, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            value = self._result(h, np.array([pick], np.intp))
+        return self._operator.operation, np.ascontiguousarray(value[0], np.float32)
 
     def _result(self, h: Array, picks: IntArray) -> Array:
         """New rows for h (n, width)."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mia.edits import Edit, Tokens, resolve_tokens
+from mia.engine.delegate import delegate
 from mia.engine.dry import counting, prompts_only
 from mia.engine.run import Engine
 from mia.errors import ModelError, NotFiniteError, UsageError
@@ -245,10 +246,14 @@ class Model(Vocabulary):
         """
         if isinstance(requests, Request):
             raise UsageError("run takes a list of requests; for one: run([request])[0]")
-        requests = self._prepared(one_or_more(requests, Request))
+        requests = one_or_more(requests, Request)
+        count = counting()
+        if count is None and (other := delegate()) is not None:
+            return other.run(requests, progress=progress, on_result=on_result, on_token=on_token)
+        requests = self._prepared(requests)
         if any(isinstance(r.metric, TokenMetric) for r in requests):
             self._engine.token_logits = self._unembedding
-        if (count := counting()) is not None:
+        if count is not None:
             requests = prompts_only(requests)
         try:
             return self._engine.run(
@@ -349,7 +354,9 @@ class Model(Vocabulary):
         )
         tokens = [t % self.n_vocab for t in (7, 11, 13, 17)]
         last = Site("resid_post", self.n_layer - 1)
-        result = self.run([Request(tokens, captures=[Capture(last)], logits="all")])[0]
+        request = Request(tokens, captures=[Capture(last)], logits="all")
+        # at once, also in a thread whose runs are delegated
+        result = self._engine.run([request])[0]
         assert result.logits is not None
         lens.check(result.captures[last], result.logits, model=self.name)
         return lens

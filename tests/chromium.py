@@ -1,10 +1,12 @@
 """Debian's Chromium, without a window, driven over its debugging pipe (DevTools protocol)."""
 
+import base64
 import contextlib
 import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,9 +44,12 @@ class Page:
                 return result
 
     def open(self, url: str) -> None:
-        self.call("Page.navigate", url=url)
-        while self._read().get("method") != "Page.loadEventFired":
-            pass
+        loader = self.call("Page.navigate", url=url).get("loaderId")
+        # the load event may still be that of the page before
+        self.wait_for(
+            f"document.readyState === 'complete' && ({json.dumps(loader)} === null ||"
+            f" location.href.startsWith({json.dumps(url.partition('#')[0])}))"
+        )
 
     def value(self, script: str) -> Any:
         """What a script comes to in the page."""
@@ -61,6 +66,39 @@ class Page:
     def click(self, x: float, y: float) -> None:
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             self.mouse(kind, x, y)
+
+    def wait_for(self, script: str, seconds: float = 20) -> Any:
+        """What a script comes to, once that is true."""
+        end = time.monotonic() + seconds
+        while not (value := self.value(script)):
+            assert self.errors == [], self.errors
+            assert time.monotonic() < end, f"{script} did not become true"
+            time.sleep(0.02)
+        return value
+
+    def type(self, text: str) -> None:
+        """Into what has the focus."""
+        self.call("Input.insertText", text=text)
+
+    def key(self, key: str, modifiers: int = 0) -> None:
+        """A key with a name: Enter, Tab, ArrowLeft …; modifiers: 2 is Ctrl, 8 Shift."""
+        codes = {"Enter": 13, "Tab": 9, "Escape": 27}
+        text = {"text": "\r"} if key == "Enter" else {}
+        more: dict[str, Any] = {"windowsVirtualKeyCode": codes[key]} if key in codes else {}
+        for kind in ("keyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                modifiers=modifiers,
+                **(more | (text if kind == "keyDown" else {})),
+            )
+
+    def screenshot(self, path: Path, *, whole: bool = True) -> None:
+        """The whole page, or what the window shows of it."""
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+        path.write_bytes(base64.b64decode(data))
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import one_core  # noqa: F401  (before numpy)
 import pytest
 from tiny import CASES, MIXTURES, Tiny
 from tiny_gguf import write_tiny
@@ -20,6 +21,13 @@ from mia.llama.gguf_file import read_header
 from mia.model import Model
 from mia.models import registry
 from mia.models.server import RpcServer
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Side by side, files with slow tests come first: a long one at the end would run alone."""
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,6 +16,7 @@ PATHS = [
     "/mia/attention",
     "/mia/activations",
     "/mia/attribute",
+    "/mia/explore",
     "/mia/tokens",
     "/mia/vectors",
     "/mia/vectors/x",
@@ -51,6 +52,7 @@ _VALUES: list[Any] = [
     "*->*",
     "0..->0",
 ]
+_PARTS = ["text", "lens", "follow", "attention", "attribution", "blocking", "words", "other"]
 _FIELDS = [
     "prompt",
     "messages",
@@ -76,6 +78,12 @@ _FIELDS = [
     "token",
     "k",
     "answer",
+    "part",
+    "at",
+    "ids",
+    "columns",
+    "n_prompt",
+    "return_labels",
     "expression",
     "name",
     "bos",
@@ -85,9 +93,15 @@ _FIELDS = [
 ]
 
 
-def body(rng: np.random.Generator) -> bytes:
+def body(rng: np.random.Generator, path: str = "/v1/completions") -> bytes:
     """A body with some fields as they should be, and some that are not."""
-    document: dict[str, Any] = {"max_tokens": int(rng.integers(1, 9))}
+    document: dict[str, Any] = {}
+    if path.startswith("/v1"):
+        document["max_tokens"] = int(rng.integers(1, 9))
+    elif path == "/mia/explore":
+        document["part"] = str(rng.choice(_PARTS))
+    elif path == "/mia/activations":
+        document["sites"] = "l_out-1"
     document["prompt"] = rng.integers(3, 300, int(rng.integers(1, 20))).tolist()
     for _ in range(rng.integers(0, 4)):
         document[str(rng.choice(_FIELDS))] = _VALUES[rng.integers(len(_VALUES))]
@@ -113,8 +127,8 @@ def head(path: str, length: int, host: str, *more: str) -> bytes:
 
 def asks(port: int, rng: np.random.Generator) -> int:
     """A whole request with a body of that kind. Returns the status that answers it."""
-    data = body(rng)
     path = PATHS[rng.integers(len(PATHS))]
+    data = body(rng, path)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
         s.sendall(head(path, len(data), f"127.0.0.1:{port}", "Connection: close") + data)
         answer = b""
@@ -152,6 +166,15 @@ def leaves_before_the_answer(port: int, rng: np.random.Generator) -> None:
         s.sendall(head("/v1/completions", len(data), "localhost") + data)
 
 
+def leaves_its_look(port: int, rng: np.random.Generator) -> None:
+    document = {"part": "blocking", "prompt": rng.integers(3, 300, 80).tolist()}
+    data = json.dumps(document).encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
+        s.sendall(head("/mia/explore", len(data), "localhost") + data)
+        time.sleep(float(rng.uniform(0, 0.1)))
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
 def talks_nonsense(port: int, rng: np.random.Generator) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
         s.sendall(bytes(rng.integers(0, 256, int(rng.integers(1, 3000)), np.uint8)) + b"\r\n\r\n")
@@ -174,6 +197,7 @@ ILL: list[Callable[[int, np.random.Generator], None]] = [
     cuts_its_body,
     vanishes,
     leaves_before_the_answer,
+    leaves_its_look,
     talks_nonsense,
     claims_a_huge_body,
     has_huge_headers,

@@ -125,6 +125,7 @@ SPECS = {
     "qwen2": Spec(),
     "gemma2": Spec(act=gelu, scale_embed=True, window_every=2),
     "gpt2": Spec(norm=layer_norm, act=gelu, rope_interleaved=None),
+    "starcoder": Spec(norm=layer_norm, act=gelu, rope_interleaved=None),
     "qwen2moe": Spec(),
     "dots1": Spec(),
 }

@@ -597,3 +597,24 @@ def test_several_coefficients_stand_for_equal_parts_of_the_row() -> None:
         Edit("mlp_out.0", "clamp", np.ones(6), coeff=[1, 2])
     with pytest.raises(UsageError, match="not a finite number"):
         Edit("mlp_out.0", "scale", coeff=[1, np.nan])
+
+
+def test_an_edit_of_a_prompt_for_a_text_that_was_generated() -> None:
+    every = Edit("l_out-1", "zero")
+    assert every.on_text(5, 9) is every  # at all tokens, and at all that are generated
+    prompt = Edit("l_out-1", "zero", generated=False).on_text(5, 9)
+    assert prompt.positions(9) == [0, 1, 2, 3, 4] and not prompt.on_generated
+    later = Edit("l_out-1", "add", [1.0, 2.0], tokens=[-1, 0], generated=True).on_text(5, 8)
+    assert later.positions(8) == [4, 0, 5, 6, 7] and later.on_generated
+    short = later.origin.on_text(5, 3)
+    assert short.positions(3) == [0] and short.origin is later.origin is not later
+    rows = Edit("l_out-1", "replace", [[1.0], [2.0], [3.0]], tokens=[3, 1, -1])
+    whole = rows.on_text(5, 9)
+    assert whole.positions(9) == [3, 1, 4] and whole.on_text(5, 7) is whole
+    cut = rows.on_text(5, 4)
+    assert cut.positions(4) == [3, 1] and cut.origin is cut
+    assert cut.value.tolist() == [[1.0], [2.0]]
+    assert rows.on_text(5, 1).positions(1) == []
+    wrong = Edit("l_out-1", "replace", [[1.0], [2.0]], tokens=[3, 1, -1])
+    with pytest.raises(UsageError, match="selects 3 tokens but has 2 rows"):
+        wrong.on_text(5, 4)

@@ -23,11 +23,19 @@ from mia.vectors import Vector
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::mia.notices.MiaWarning")]
 PROMPT = "I went to the cinema and the film was"
-N = 64
+N = 32
 TOOLS = Path(os.environ.get("MIA_LLAMA_TOOLS", ""))
 needs_tools = pytest.mark.skipif(
     "MIA_LLAMA_TOOLS" not in os.environ, reason="MIA_LLAMA_TOOLS names no folder"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _three_texts() -> Iterator[None]:
+    """Of the eight that a bake is checked with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mia.bake.checks._TEXTS", 3)
+        yield
 
 
 @pytest.fixture(scope="module")

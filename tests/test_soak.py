@@ -66,7 +66,7 @@ def test_a_short_run_finds_nothing(tmp_path: Path, part: Callable[[Options], Par
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "n"),
-    [(requests, 4000), (inputs, 8000), (files, 300), (memory, 3000), (threads, 42), (signals, 12)],
+    [(requests, 2000), (inputs, 8000), (files, 150), (memory, 1500), (threads, 42), (signals, 6)],
 )
 def test_a_longer_run_finds_nothing(
     tmp_path: Path, part: Callable[[Options], Part], n: int

@@ -1,4 +1,4 @@
-"""Tiny random GGUF models of five architectures and three mixtures of experts, for tests that must run in milliseconds.
+"""Tiny random GGUF models of six architectures and three mixtures of experts, for tests that must run in milliseconds.
 
 Every norm weight is random (around 1; less in gemma2's post-norms) and so is every bias, so that
 a missed one shows. Sizes and scales are chosen so that activations are O(1), logits are a few
@@ -63,6 +63,9 @@ ARCHS = {
         n_head=4, head_dim=24, post_norm=True, embd_scale=0.3, mlp_gain=0.5, mlp_post_norm=0.02
     ),
     "gpt2": Arch(n_head_kv=None, classic=True, mlp_gain=0.12),
+    "starcoder": Arch(
+        n_head_kv=1, classic=True, mlp_gain=0.12
+    ),  # its keys and values are one head's
     "mamba": Arch(state_space=True),
     "mixtral": Arch(file_arch="llama", experts=Experts(6, 2, n_ff=80)),
     "qwen2moe": Arch(qkv_bias=True, experts=Experts(8, 3, shared=True, shared_gate=True)),
@@ -117,7 +120,7 @@ def write_tiny(
 
     Args:
         path: the file to write.
-        arch: "llama", "qwen2", "gemma2", "gpt2" or "mamba" (F32 only); of experts "mixtral",
+        arch: "llama", "qwen2", "gemma2", "gpt2", "starcoder" or "mamba" (F32 only); of experts "mixtral",
             "qwen2moe" or "dots1".
         seed: the same seed and arguments give the same bytes.
         n_layer: number of blocks.
@@ -177,6 +180,8 @@ def _add_hyperparameters(w: gguf.GGUFWriter, kind: Arch, dims: Dims, window: int
     w.add_vocab_size(dims.n_vocab)
     if kind.classic:
         w.add_layer_norm_eps(1e-5)
+        if dims.n_head_kv != dims.n_head:
+            w.add_head_count_kv(dims.n_head_kv)
         return
     if kind.state_space:
         w.add_layer_norm_rms_eps(1e-5)

@@ -6,9 +6,16 @@ from typing import Annotated
 
 import typer
 
-from mia.cli._build import open_model, prompt_ids, sampling
-from mia.cli._command import command
-from mia.cli._groups import GenerationOptions, ModelOptions, PromptOptions, TopOption
+from mia.cli._build import changes, open_model, prompt_ids, sampling
+from mia.cli._command import command, given
+from mia.cli._groups import (
+    BaselineOption,
+    ChangeOptions,
+    GenerationOptions,
+    ModelOptions,
+    PromptOptions,
+    TopOption,
+)
 from mia.show.report import Report
 
 PANEL = "Look inside"
@@ -22,6 +29,7 @@ def register(app: typer.Typer) -> None:
         examples=[
             "mia explore -p 'The capital of France is' --bos -n 12 -o page.html",
             "mia explore -f prompt.txt --chat --branches 5 -o page.html",
+            "mia explore -p 'The capital of France is' --bos --ablate 3.5,4.0 -o page.html",
         ],
     )(explore)
 
@@ -30,6 +38,7 @@ def explore(
     model: ModelOptions,
     prompt: PromptOptions,
     generation: GenerationOptions,
+    change: ChangeOptions,
     top_k: TopOption = 5,
     branches: Annotated[
         int,
@@ -39,20 +48,29 @@ def explore(
             min=0,
         ),
     ] = 3,
+    baseline: BaselineOption = True,
 ) -> Report:
     """Continue a prompt and explore the text: -o FILE.html writes a page that needs nothing else.
 
     For each token: what each layer would say, what else it could have been and what would have
-    followed, where the heads look, and which parts and tokens made it.
+    followed, where the heads look, and which parts and tokens made it. With changes the page has the
+    unchanged text and the changed one.
     """
     from mia.methods import explore as method
+    from mia.notices import notice
 
+    changed = changes(change)
     with open_model(model) as m:
-        return method.explore(
+        report = method.explore(
             m,
             prompt_ids(m, prompt),
             n_predict=generation.n_predict,
             k=top_k,
             branches=branches,
             sampling=sampling(generation),
+            changes=changed,
+            baseline=baseline,
         )
+        if given("baseline") and report.label == "the text":
+            notice("nothing is changed, so that there is one text with or without --baseline")
+        return report

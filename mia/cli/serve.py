@@ -70,9 +70,9 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve the model over HTTP, in OpenAI's format, with changes and looks for each request.
+    """Serve the model: a page for the browser, and OpenAI's format with changes for each request.
 
-    Clients steer, ablate, block and patch, and read lens and activations, in the bodies of
+    The page writes, looks inside and changes. Clients steer, ablate, block and patch, and read lens and activations, in the bodies of
     /v1/completions and /v1/chat/completions. It listens on this machine alone; other addresses need a
     key. Ctrl-C ends it.
     """
@@ -91,5 +91,5 @@ def serve(
             hosts=allow_host or (),
             cells=cells,
             n_requests=parallel,
-            ready=lambda url: notice(f"{m.name} is served at {url}/v1; Ctrl-C ends it"),
+            ready=lambda url: notice(f"open {url} in a browser; clients: {url}/v1; Ctrl-C ends it"),
         )

@@ -119,6 +119,7 @@ class Decoder:
         skip += not_read(batch, variant.topology, visits.actions)
         self._context.tracer.expect(variant.addrs, visits.stops, skip, visits.visit)
         self._context.tracer.copy(visits.copies)
+        self._context.tracer.change(visits.changes)
         self._visits = visits
         if batch.generations:
             self._standing = visits, batch.generations, variant

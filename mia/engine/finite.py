@@ -45,7 +45,7 @@ def check_edited(rows: Array, site: Site) -> None:
         size = max(float(rows.max()), -float(rows.min()))  # NaN if there is one
         if not np.isfinite(size):
             raise not_finite(site)
-        largest = _LARGEST.get(site.name, _LARGEST_RESIDUAL)
+        largest = _largest(site)
         if size > largest:
             raise UsageError(
                 f"an edit at {site} makes numbers of {size:.0e}; above {largest:.0e} the squares in the "
@@ -57,6 +57,15 @@ def check_edited(rows: Array, site: Site) -> None:
         raise UsageError("an edit at logits leaves no token to choose: all are -inf")
     if not np.isfinite(top).all():
         raise not_finite(site)
+
+
+def largest_edited(site: Site) -> float | None:
+    """What `check_edited` allows there at most; None if that is not all that is looked at."""
+    return None if site.name == "logits" or site.name in ROUTERS else _largest(site)
+
+
+def _largest(site: Site) -> float:
+    return _LARGEST.get(site.name, _LARGEST_RESIDUAL)
 
 
 def check_logits(logits: Array, *, changed: bool, edited: bool, kv_type: str) -> None:

@@ -205,11 +205,21 @@ class Topology:
         in_heads = ne[2] > 1 if self._n_tokens > 1 else ne[1] > 1
         if kind.headed and in_heads:
             return "heads", (ne[1], ne[0])
-        if kind.headed and kind.shape[0] == "n_head":
-            q = self.sites.get(Site("q", layer))
-            n_head = q.shape[0] if q is not None and q.layout == "heads" else self._n_head
+        if kind.headed:
+            n_head = self._heads_side_by_side(kind, layer, ne[0])
             return "rows", (n_head, ne[0] // n_head)
         return "rows", (ne[0],)
+
+    def _heads_side_by_side(self, kind: SiteKind, layer: int | None, width: int) -> int:
+        """How many heads a row has whose node does not tell: as many as the queries, or as many of the
+        queries' width as it holds; keys and values of another width are one head's (one for all queries,
+        Shazeer 2019, or what they are made of, DeepSeek 2024)."""
+        q = self.sites.get(Site("q", layer))
+        if q is not None and q.layout != "heads":
+            q = None
+        if kind.shape[0] == "n_head":
+            return self._n_head if q is None else q.shape[0]
+        return 1 if q is None or width % q.shape[1] else width // q.shape[1]
 
     def absence(self, site: Site) -> str:
         """A line that says why there is no such site."""
@@ -230,7 +240,9 @@ class Topology:
         if not {"q", "k", "head_out"} <= first.keys():
             return ""
         n_head, head_dim = first["head_out"].shape
-        n_head_kv = first["k"].shape[0] if first["k"].layout == "heads" else n_head
+        n_head_kv = first["k"].shape[0]
+        if name in ("k", "v") and name in first:
+            head_dim = first[name].shape[1]  # of latent ones wider than the heads' outputs
         shared = f", each read by {n_head // n_head_kv} query heads" if n_head_kv < n_head else ""
         return KINDS[name].about.format(
             n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim, kv_shared=shared

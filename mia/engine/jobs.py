@@ -20,12 +20,19 @@ TokenLogits = Callable[[Array, Sequence[int]], Array]
 class EditAt(NamedTuple):
     """An edit at one row. Rows with equal tuples of these, after equal rows, are one row.
 
-    `rank`: the edit's place in the request's list; `value_row`: which row of its value.
+    `rank`: the edit's place in the request's list; `value_row`: which row of its value, 0 if it is the
+    same for all.
     """
 
     rank: int
     edit: Edit
     value_row: int
+
+
+def has_rows(edit: Edit) -> bool:
+    """Whether an edit's value has a row for each token."""
+    value = edit._value
+    return value is not None and value.ndim == 2 and len(value) > 1
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -105,11 +112,15 @@ def resolve(
     """
     tokens = tuple(int(t) for t in request.tokens)
     n, n_fed = len(tokens), max(request.n_predict - 1, 0)
-    pairs = tuple((e, parse(e.site, n_layer)) for e in (request.edits if edits is None else edits))
-    edits_at: dict[int, tuple[EditAt, ...]] = {}
-    for rank, (edit, _) in enumerate(pairs):
+    given = request.edits if edits is None else edits
+    # one of another's at other tokens shares rows with it
+    pairs = tuple((e.origin, parse(e.site, n_layer)) for e in given)
+    at: dict[int, list[EditAt]] = {}
+    for rank, edit in enumerate(given):
+        everywhere = EditAt(rank, edit.origin, 0)
         for value_row, p in enumerate(edit.positions(n)):
-            edits_at[p] = (*edits_at.get(p, ()), EditAt(rank, edit, value_row))
+            here = everywhere._replace(value_row=value_row) if has_rows(edit) else everywhere
+            at.setdefault(p, []).append(here)
     positions, reads = _logit_positions(request, n), _reads(request, n, n_fed, n_layer)
     metric_read: Read | None = None
     if isinstance(request.metric, TokenMetric) and token_logits is not None:
@@ -121,9 +132,9 @@ def resolve(
         tokens=tokens,
         n_total=n + n_fed,
         edits=pairs,
-        edits_at=edits_at,
+        edits_at={p: tuple(edits) for p, edits in at.items()},
         edits_generated=tuple(
-            EditAt(rank, e, 0) for rank, (e, _) in enumerate(pairs) if e.on_generated
+            EditAt(rank, e.origin, 0) for rank, e in enumerate(given) if e.on_generated
         ),
         reads=reads,
         logit_positions=positions,

@@ -31,6 +31,7 @@ from mia.engine.segments import Output, Row, Segment
 from mia.engine.session import Session
 from mia.engine.tracks import Key, Track, Tracks, common, key_of
 from mia.errors import EngineError, MiaError
+from mia.llama import Held
 from mia.request import Request, Result
 from mia.sites import BY_KEY, Site
 
@@ -84,17 +85,23 @@ class Run:
 class Lane:
     """The requests of one context."""
 
-    def __init__(self, session: Session, *, cells: int, n_requests: int, isolated: bool):
+    def __init__(
+        self, session: Session, *, cells: int, n_requests: int, isolated: bool, saves: bool
+    ):
         """`n_requests`: how many may run side by side; the session has sequences for as many prefixes
-        more (`limits.STREAM_KEPT`), an isolated one has one."""
+        more (`limits.STREAM_KEPT`), an isolated one has one. `saves`: whether prefixes may leave the cache
+        for a while, which forgets in which cells they lay."""
         self.session, self.context = session, session.context
         self.isolated = isolated
         n_sequences = 1 if isolated else n_requests + limits.STREAM_KEPT
+        n_kept = 0 if isolated else int(cells * limits.STREAM_KEPT_PART)
+        saves = saves and self.context.can_save_sequences
         self.tracks = Tracks(
             self.context,
             budget=cells,
             n_sequences=n_sequences,
-            n_kept=0 if isolated else int(cells * limits.STREAM_KEPT_PART),
+            n_kept=min(n_kept, limits.STREAM_KEPT_CELLS) if saves else n_kept,
+            n_saved=n_kept if saves else 0,
             has_window=self.context.model.has_window,
         )
         self._most = 1 if isolated else n_requests
@@ -110,7 +117,11 @@ class Lane:
         self.prompts: list[Run] = []
         self.generating: list[Run] = []
         self._generates_next = False
+        #: whether requests of this lane or another one generate, and should not wait for long prompts
+        self.is_hurried = False
         self._changed: dict[Ticket, None] = {}
+        #: whether the cache may have rows that the ledger has not
+        self._is_doubtful = False
 
     @property
     def active(self) -> list[Run]:
@@ -130,29 +141,34 @@ class Lane:
         """Takes a request out; what it held is free at once."""
         for run in [*self.queue, *self.active]:
             if run.ticket is ticket:
-                if run in self.queue:
-                    self.queue.remove(run)
-                else:
-                    self._leave(run, keep=False)
+                with Held():
+                    if run in self.queue:
+                        self.queue.remove(run)
+                    else:
+                        self._leave(run, keep=False)
                 return
 
     def finish(self, ticket: Ticket) -> None:
         """Ends a request that generates, with what it has so far."""
         for run in self.generating:
             if run.ticket is ticket:
-                try:
-                    self._finish(run)
-                except Exception as err:
-                    self._fail(run, err)
-                    self._decode_again()
+                with Held():
+                    try:
+                        self._finish(run)
+                    except Exception as err:
+                        self._fail(run, err)
+                        self._decode_again()
                 return
         self.cancel(ticket)
 
     def step(self) -> list[Ticket]:
-        """One decode. Returns the requests that have a new token or are over."""
-        self._changed = {}
+        """One decode. Returns the requests that have a new token or are over.
+
+        After a Ctrl-C the next one goes on as if there had been none.
+        """
         try:
-            self._admit()
+            with Held():
+                self._admit()
             if self.prompts and not (self.generating and self._generates_next):
                 self._generates_next = True
                 self._decode_prompts()
@@ -160,9 +176,12 @@ class Lane:
                 self._generates_next = False
                 self._decode_generations()
         except BaseException:
-            self._decode_again()
+            if self._is_doubtful:
+                with Held():
+                    self._decode_again()
             raise
-        return list(self._changed)
+        changed, self._changed = list(self._changed), {}
+        return changed
 
     def close(self) -> None:
         for run in self.active:
@@ -236,13 +255,15 @@ class Lane:
 
     def _decode_prompts(self) -> None:
         """A micro-batch of prompts, those that came first."""
+        self._is_doubtful = True
         spans: list[tuple[Run, Span]] = []
         n_rows = n_outputs = 0
+        max_rows = min(self._max_rows, limits.STREAM_ROWS) if self.is_hurried else self._max_rows
         for run in list(self.prompts):
             if spans and (run.alone or spans[-1][0].alone):
                 break
             end = run.n_done
-            while end < len(run.rows) and n_rows < self._max_rows and n_outputs < self._max_outputs:
+            while end < len(run.rows) and n_rows < max_rows and n_outputs < self._max_outputs:
                 n_outputs += run.rows[end].output is not Output.NONE
                 n_rows, end = n_rows + 1, end + 1
             if end == run.n_done:
@@ -252,19 +273,21 @@ class Lane:
         if not self._decode(batch, [run for run, _ in spans]):
             return
         b, failed = -1, False
-        for run, span in spans:
-            first, b = b + 1, b + span.end - span.first
-            assert run.track is not None
-            for row in span.rows:
-                self.tracks.add(run.track, row)
-            run.n_done = span.end
-            try:
-                self._read_prompt(run, span, first)
-            except Exception as err:  # a metric's own ones too
-                self._fail(run, err)
-                failed = True
-        if failed:
-            self._decode_again()
+        with Held():  # rows that are in the ledger have been read
+            for run, span in spans:
+                first, b = b + 1, b + span.end - span.first
+                assert run.track is not None
+                for row in span.rows:
+                    self.tracks.add(run.track, row)
+                run.n_done = span.end
+                try:
+                    self._read_prompt(run, span, first)
+                except Exception as err:  # a metric's own ones too
+                    self._fail(run, err)
+                    failed = True
+            if failed:
+                self._decode_again()
+            self._is_doubtful = False
 
     def _branch(self, run: Run) -> Branch:
         assert run.track is not None
@@ -303,6 +326,7 @@ class Lane:
 
     def _decode_generations(self) -> None:
         """One more token of as many requests as a batch holds; the others are next."""
+        self._is_doubtful = True
         n = min(self._max_rows, self._max_outputs)
         runs = self.generating[:n]
         if len(self.generating) > n:
@@ -311,17 +335,19 @@ class Lane:
         if not self._decode(batch, runs):
             return
         failed = False
-        for b, run in enumerate(runs):
-            assert run.track is not None
-            self.tracks.add(run.track, batch.rows[b])
-            try:
-                if self._choose(run, b):
-                    self._finish(run)
-            except Exception as err:  # a metric's own ones too
-                self._fail(run, err)
-                failed = True
-        if failed:
-            self._decode_again()
+        with Held():
+            for b, run in enumerate(runs):
+                assert run.track is not None
+                self.tracks.add(run.track, batch.rows[b])
+                try:
+                    if self._choose(run, b):
+                        self._finish(run)
+                except Exception as err:  # a metric's own ones too
+                    self._fail(run, err)
+                    failed = True
+            if failed:
+                self._decode_again()
+            self._is_doubtful = False
 
     def _choose(self, run: Run, b: int) -> bool:
         """Chooses a request's next token from row b of the batch. True if it is the last."""
@@ -343,7 +369,8 @@ class Lane:
         except Exception as err:  # an edit's function's own ones too
             if len(runs) == 1:
                 self._fail(runs[0], err)
-        self._decode_again(doubtful=True)
+        with Held():
+            self._decode_again(doubtful=True)
         return False
 
     # -- the end ---------------------------------------------------------------------------

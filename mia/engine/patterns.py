@@ -54,6 +54,8 @@ class Patterns:
         self._masks: dict[int, int] = {}
         #: function, group and rows of an edit -> (row, cell) of each score that it hides
         self._hidden: dict[tuple[HiddenKeys, int, bytes], tuple[IntArray, IntArray] | None] = {}
+        #: group and row -> see `_path`
+        self._paths: dict[tuple[int, int], tuple[IntArray, list[int]]] = {}
         inputs = session.topology.cell_inputs
         #: layers that store to the same cells are one group: (address of the cells) -> its number
         numbers: dict[int, int] = {}
@@ -66,6 +68,7 @@ class Patterns:
         self.rows = rows
         self._masks.clear()
         self._hidden.clear()
+        self._paths.clear()
 
     def cell_notes(self) -> Iterator[tuple[int, Callable[[int], None]]]:
         """(index of a node, what to do there): each row notes the cell of its key."""
@@ -82,6 +85,7 @@ class Patterns:
             with rows_of(source, write=False) as cells:
                 for row, cell in zip(self.rows, cells.ravel().tolist(), strict=False):
                     row.cells[group] = cell
+            self._paths.clear()  # a decode that is tried again may have other cells
 
         return note
 
@@ -91,12 +95,12 @@ class Patterns:
         A key that the mask hides from the query has 0: its cell may have another token's key, or
         none. So has the future, which no line reaches.
         """
-        cells = self._cells(site, b)
+        cells, taken = self._path(self._group(site), b)
         line: Array = a[:, b][:, cells] * np.float32(self._session.site(site).scale)
         if site.name == "attn_scores":
-            line[:, ~self._seen(site, b, cells)] = 0
+            line[:, ~self._seen(site, b)] = 0
         else:
-            line[:, _overwritten(cells)] = 0  # the softmax has masked the others
+            line[:, taken] = 0  # the softmax has masked the others
         return line
 
     def edit(self, edit: Edit, site: Site, batch_rows: IntArray, addr: int) -> None:
@@ -107,8 +111,8 @@ class Patterns:
         first = np.zeros(1, np.intp)
         with rows_of(addr, write=True) as a:
             for b in batch_rows.tolist():
-                cells = self._cells(site, b)
-                seen = self._seen(site, b, cells)
+                cells, _ = self._path(self._group(site), b)
+                seen = self._seen(site, b)
                 line = a[0][:, b][:, cells] * scale
                 line[:, ~seen] = 0
                 edit.apply(line[None], first, first)
@@ -146,21 +150,24 @@ class Patterns:
             keys = op.keys(row.pos)
             if row.pos in keys:
                 return None
-            cells = row.path_cells(group)
-            taken = _overwritten(cells)
+            cells, taken = self._path(group, b)
             keys = keys[(keys < row.pos) & ~np.isin(keys, taken)] if taken else keys[keys < row.pos]
             queries.append(np.full(len(keys), b, np.intp))
             hidden.append(cells[keys])
         return np.concatenate(queries), np.concatenate(hidden)
 
-    def _cells(self, site: Site, b: int) -> IntArray:
-        return self.rows[b].path_cells(self._group(site))
+    def _path(self, group: int, b: int) -> tuple[IntArray, list[int]]:
+        """The cells of row b's keys, and the positions whose cell another one has now."""
+        if (group, b) not in self._paths:
+            cells = self.rows[b].path_cells(group)
+            self._paths[group, b] = cells, _overwritten(cells)
+        return self._paths[group, b]
 
     def _group(self, site: Site) -> int:
         assert site.layer is not None
         return self._groups[self._session.topology.cache_layers.get(site.layer, site.layer)]
 
-    def _seen(self, site: Site, b: int, cells: IntArray) -> BoolArray:
+    def _seen(self, site: Site, b: int) -> BoolArray:
         """Which keys of its sequence the mask lets row b see: (n_keys,)."""
         assert site.layer is not None
         mask_addr = self._masks.get(site.layer)
@@ -168,9 +175,10 @@ class Patterns:
             softmax = self._session.site(Site("attn_pattern", site.layer)).index
             mask_addr = describe(self._session.variants[0].addrs[softmax]).src[1]
             self._masks[site.layer] = mask_addr
+        cells, taken = self._path(self._group(site), b)
         with rows_of(mask_addr, write=False) as mask:
             seen: BoolArray = np.isfinite(mask[0, 0, b, cells])
-        seen[_overwritten(cells)] = False
+        seen[taken] = False
         return seen
 
     def _check_scores(self, site: Site, b: int, line: Array, seen: BoolArray) -> None:

@@ -16,6 +16,7 @@ from mia.engine.answers import Answer
 from mia.engine.checks import check_sites, check_tokens
 from mia.engine.control_vector import directions, shared_edits
 from mia.engine.decode import ATTEMPTS, Restart, always_new_graph
+from mia.engine.delegate import delegate
 from mia.engine.dry import Count, DryRunner, no_logits
 from mia.engine.finite import may_spoil, unread_edits
 from mia.engine.graph import Topology
@@ -139,10 +140,14 @@ class Engine:
         flash = fused and self._flash
         if self._is_inside and (session := self.sessions.open.get((True, flash))) is not None:
             return session.topology  # asked by a callback of a run: the graph is known
+        if delegate() is not None and (known := self.sessions.topologies.get(flash)) is not None:
+            return known  # a thread beside the model's, which need not wait for its turn
         self._check_outside()
         with self._turn:
             self._check_open()
-            return self.sessions.get(callback=True, flash=flash).topology
+            topology = self.sessions.get(callback=True, flash=flash).topology
+            self.sessions.topologies[flash] = topology
+            return topology
 
     def _check_open(self) -> None:
         if not self._model.handle:

@@ -149,6 +149,8 @@ class Sessions:
         self._refused: Mapping[Site, str] = {}
         #: (callback, flash) -> the session, the one used last at the end
         self.open: dict[tuple[bool, bool], Session] = {}
+        #: flash -> the graph that was asked for last
+        self.topologies: dict[bool, Topology] = {}
 
     def get(
         self,
@@ -204,6 +206,7 @@ class Sessions:
     def refuse(self, refused: Mapping[Site, str]) -> None:
         """Takes sites back that are not what they say, in every session from now on."""
         self._refused = refused
+        self.topologies.clear()
         for session in self.open.values():
             session.refuse(refused)
 

@@ -48,6 +48,7 @@ class Usage:
         sequences, kept_sequences: the same of sequences.
         running, waiting: requests.
         budget: cells that there are, in all lanes that are open.
+        saved: tokens of prefixes that were copied out of the cache.
     """
 
     cells: int
@@ -57,6 +58,7 @@ class Usage:
     running: int
     waiting: int
     budget: int
+    saved: int = 0
 
 
 def is_tame(edit: Edit, site: Site) -> bool:
@@ -66,7 +68,7 @@ def is_tame(edit: Edit, site: Site) -> bool:
     if site.name == "logits" or edit.op in ("zero", "project_out"):
         return True
     if not isinstance(edit.op, str):
-        return False  # a function
+        return bool(getattr(edit.op, "is_tame", False))  # a function
     coeff = float(np.abs(edit.coeff).max())
     if edit.value is None:
         return coeff <= _TAME_SCALE
@@ -100,6 +102,8 @@ class Stream:
         self._cells, self._n_requests = cells, n_requests
         #: (fused attention, isolated) -> the lane
         self._lanes: dict[tuple[bool, bool], Lane] = {}
+        #: what steps have changed and nobody has heard of yet
+        self._changed: list[Ticket] = []
         self._closed = False
 
     @property
@@ -153,10 +157,12 @@ class Stream:
         over."""
         with self._engine.turn():
             self._check_open()
-            changed: list[Ticket] = []
+            generates = any(lane.generating for lane in self._lanes.values())
             for lane in self._lanes.values():
+                lane.is_hurried = generates
                 if lane.is_busy:
-                    changed += lane.step()
+                    self._changed += lane.step()
+            changed, self._changed = self._changed, []
             return changed
 
     @property
@@ -178,6 +184,7 @@ class Stream:
                 running=sum(len(lane.active) for lane in lanes),
                 waiting=sum(len(lane.queue) for lane in lanes),
                 budget=sum(t.budget for t in tracks),
+                saved=sum(len(s.keys) for t in tracks for s in t.saved),
             )
 
     def close(self) -> None:
@@ -212,6 +219,10 @@ class Stream:
             )
             session.context.clear()
             lane = self._lanes[flash, isolated] = Lane(
-                session, cells=self._cells, n_requests=self._n_requests, isolated=isolated
+                session,
+                cells=self._cells,
+                n_requests=self._n_requests,
+                isolated=isolated,
+                saves=flash == self._engine.fuses,  # the other one is for patterns, read by cell
             )
         return lane

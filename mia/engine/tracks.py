@@ -3,7 +3,9 @@
 A `Track` is a sequence with the rows that it holds, one cell each. Tracks that begin alike share
 cells: a row is in the cache as long as any track holds it. When a request is over its track is
 *kept*, so that the next turn of the conversation finds its prefix there; the one used longest ago
-makes room when cells or sequences are wanted.
+makes room when cells or sequences are wanted, or when many are kept: llama.cpp looks at every cell in use
+for every row, whichever sequence it belongs to. What makes room is *saved* where that is possible: its
+keys and values are copied out of the cache, and back when a prompt begins like it.
 
 The invariant, asserted: cells in use and cells promised to requests that run never exceed the budget.
 """
@@ -12,11 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from mia.engine import limits
 from mia.engine.cells import Cache
 from mia.engine.jobs import EditAt
+from mia.engine.saved import Saved
 from mia.engine.segments import Row
 
 #: what makes two rows after equal rows the same: the token, and the edits there
@@ -25,15 +31,7 @@ Key = int | tuple[int, tuple[EditAt, ...]]
 
 def key_of(token: int, edits: tuple[EditAt, ...]) -> Key:
     """A prompt's row and a generated one are the same if an edit does the same at both."""
-    if not edits:
-        return token
-    return token, tuple(e if _has_rows(e) else e._replace(value_row=0) for e in edits)
-
-
-def _has_rows(e: EditAt) -> bool:
-    """Whether the edit's value has a row for each token."""
-    value = e.edit._value
-    return value is not None and value.ndim == 2 and len(value) > 1
+    return (token, edits) if edits else token
 
 
 def common(a: Sequence[Key], b: Sequence[Key]) -> int:
@@ -67,26 +65,43 @@ class Track:
 
 
 class Prefix(NamedTuple):
-    """The first `n` rows of a track; of none if nothing is shared."""
+    """The first `n` rows of a track, or of what was saved of one; of none if nothing is shared."""
 
-    track: Track | None
+    track: Track | Saved | None
     n: int
+
+
+class TrackCache(Cache, Protocol):
+    """What they ask of a context."""
+
+    def seq_save(self, seq: int) -> npt.NDArray[np.uint8]: ...
+    def seq_load(self, seq: int, data: npt.NDArray[np.uint8]) -> bool: ...
 
 
 class Tracks:
     """All cells and sequences of a stream's lane."""
 
     def __init__(
-        self, cache: Cache, *, budget: int, n_sequences: int, n_kept: int, has_window: bool
+        self,
+        cache: TrackCache,
+        *,
+        budget: int,
+        n_sequences: int,
+        n_kept: int,
+        n_saved: int,
+        has_window: bool,
     ):
-        """`n_kept`: the most cells of tracks that are kept. `has_window`: see `Ledger`; a sequence that
-        has gone on may have lost what lies before its end, so only whole ones are shared."""
+        """`n_kept`: the most cells of tracks that are kept; `n_saved`: the most rows of those that are
+        saved, 0 to save none. `has_window`: see `Ledger`; a sequence that has gone on may have lost
+        what lies before its end, so only whole ones are shared."""
         self._cache, self._has_window = cache, has_window
-        self.budget, self._most_kept = budget, n_kept
+        self.budget, self._most_kept, self._most_saved = budget, n_kept, n_saved
+        self._n_sequences = n_sequences
         self.free = list(range(n_sequences - 1, -1, -1))
         self.live: list[Track] = []
         #: the one used longest ago first
         self.kept: list[Track] = []
+        self.saved: list[Saved] = []
         #: how many tracks hold each row
         self._holders: dict[Row, int] = {}
 
@@ -120,18 +135,26 @@ class Tracks:
                 n = next((i for i, row in enumerate(track.rows[:n]) if not row.cells), n)
             if n > best.n:
                 best = Prefix(track, n)
+        if not with_cells:
+            for saved in self.saved:
+                n = min(common(keys, saved.keys), most)
+                if n >= best.n + limits.WAIT_ROWS:
+                    best = Prefix(saved, n)
         return best if best.n >= limits.SHARED_ROWS else Prefix(None, 0)
 
     def open(self, prefix: Prefix, n_total: int) -> Track | None:
         """A track for a request of so many rows that begins with a prefix; None if there is no room."""
         source, n = prefix
+        if isinstance(source, Saved):
+            source = self._load(source, n)
+            n = 0 if source is None else n
         needed = n_total - n
         if source in self.kept and n == len(source.rows):
             return self._take_over(source, n, n_total)
         while not (self.free and self._has_room(needed)):
             other = next((t for t in self.kept if t is not source), None)
             if other is not None:
-                self._evict(other)
+                self._make_room(other)
             elif source in self.kept:
                 return self._take_over(source, n, n_total)
             else:
@@ -158,13 +181,15 @@ class Tracks:
                 self._evict(other)
             self.kept.append(track)
             while self.held_by(self.kept) > self._most_kept:
-                self._evict(self.kept[0])
+                self._make_room(self.kept[0])
         else:
             self._release(track)
 
     def clear(self) -> None:
-        """The cache was wiped. Live tracks stay, and hold nothing."""
-        self.free += [track.sequence for track in self.kept]
+        """The cache was wiped. Live tracks stay, and hold nothing. What was saved stays, too."""
+        live = {track.sequence for track in self.live}
+        # all of them: Ctrl-C may have come when one had been taken and had no track yet
+        self.free = [i for i in reversed(range(self._n_sequences)) if i not in live]
         self.kept.clear()
         self._holders.clear()
         for track in self.live:
@@ -184,7 +209,7 @@ class Tracks:
             if not self.kept:
                 self.kept.append(track)
                 return None
-            self._evict(self.kept[0])
+            self._make_room(self.kept[0])
         track.n_total = n_total
         self.live.append(track)
         self._check()
@@ -197,7 +222,43 @@ class Tracks:
                 self.kept.remove(other)
                 self.kept.append(other)
                 return True
+        for saved in self.saved:
+            if _begins(saved, track):
+                self.saved.remove(saved)
+                self.saved.append(saved)
+                return True
         return False
+
+    def _make_room(self, track: Track) -> None:
+        """A kept track leaves the cache."""
+        if limits.WAIT_ROWS <= len(track.rows) <= self._most_saved:
+            self.saved = [s for s in self.saved if not _begins(track, s)]
+            data = self._cache.seq_save(track.sequence)
+            self.saved.append(
+                Saved(list(track.keys), [(r.token, r.edits) for r in track.rows], data)
+            )
+            while sum(len(s.keys) for s in self.saved) > self._most_saved:
+                self.saved.pop(0)
+        self._evict(track)
+
+    def _load(self, saved: Saved, n: int) -> Track | None:
+        """The first n rows of what was saved, as a kept track; None if there is no room for all of it."""
+        while not (self.free and self._has_room(len(saved.keys))):
+            if not self.kept:
+                return None
+            self._make_room(self.kept[0])
+        track = Track(self.free.pop(), n)
+        if not self._cache.seq_load(track.sequence, saved.data):
+            self.free.append(track.sequence)
+            self.saved = [s for s in self.saved if s is not saved]
+            return None
+        if n < len(saved.keys):
+            self._cache.seq_rm(track.sequence, n)
+        else:
+            self.saved = [s for s in self.saved if s is not saved]
+        self._hold(track, saved.rows_of(n), saved.keys[:n])
+        self.kept.append(track)
+        return track
 
     def _evict(self, track: Track) -> None:
         self.kept.remove(track)
@@ -228,7 +289,7 @@ class Tracks:
         assert self.used + self.promised <= self.budget, "more cells are promised than there are"
 
 
-def _begins(track: Track, other: Track) -> bool:
+def _begins(track: Track | Saved, other: Track | Saved) -> bool:
     """Whether a track begins with all rows of another one."""
     n = len(other.keys)
     return len(track.keys) >= n and track.keys[:n] == other.keys

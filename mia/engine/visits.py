@@ -14,18 +14,18 @@ from math import prod
 import numpy as np
 
 from mia.arrays import Array, IntArray
-from mia.edits import Edit, as_slice
+from mia.edits import Edit, Operation, as_slice
 from mia.engine import limits
 from mia.engine.answers import Buffer
 from mia.engine.batch import Span
 from mia.engine.experts import check_router, edit_weights, weights_by_expert
-from mia.engine.finite import check_edited
+from mia.engine.finite import check_edited, largest_edited
 from mia.engine.graph import SiteNode
 from mia.engine.jobs import Read
 from mia.engine.patterns import Patterns
 from mia.engine.segments import Row
 from mia.engine.session import Session
-from mia.llama import host_array, read_array, rows_of
+from mia.llama import Change, host_array, read_array, rows_of
 from mia.sites import ROUTERS, Site
 
 #: what to do at a node, given its address
@@ -55,6 +55,8 @@ class Visits:
         self.later: set[int] = set()
         #: for nodes that are only read, and small: where a copy may go, (n_rows, width)
         self.copies: dict[int, Array] = {}
+        #: for nodes that are only edited, in a simple way: how many numbers they have, and the changes
+        self.changes: dict[int, tuple[int, list[Change]]] = {}
         self._captures: dict[int, list[_Capture]] = {}
         #: of those, where the graph stopped for us all the same
         self._visited: set[int] = set()
@@ -134,6 +136,22 @@ class Visits:
         unchanged = self.actions.keys() - changed
         self.later = unchanged & self._session.variants[0].lasting
         self._make_copies(unchanged - self.later)
+        self._make_changes(changed)
+
+    def _make_changes(self, changed: set[int]) -> None:
+        """What compiled code does in place of calling Python."""
+        n_outputs = int(self._output_index[-1]) + 1
+        for index in changed:
+            changes: list[Change] = []
+            for action in self.actions[index]:
+                parts = action.changes() if isinstance(action, _Edit) else None
+                if parts is None:
+                    break
+                changes += parts
+            else:
+                assert isinstance(action, _Edit)
+                n_rows = n_outputs if action.node.outputs_only else len(self.rows)
+                self.changes[index] = n_rows * prod(action.node.shape), changes
 
     def _make_copies(self, unchanged: set[int]) -> None:
         """Room for what compiled code copies in place of calling Python."""
@@ -160,8 +178,11 @@ class Visits:
             action: Action = partial(self._patterns.edit, edit, site, batch_rows)
         else:
             node_rows = self._output_index[batch_rows] if node.outputs_only else batch_rows
-            change = _edit_weights if node.layout == "chosen" else _edit
-            action = partial(change, self._session, edit, site, node, node_rows, value_rows)
+            if node.layout == "chosen":
+                how = self._session, edit, site, node, node_rows, value_rows
+                action = partial(_edit_weights, *how)
+            else:
+                action = _Edit(self._session, edit, site, node, node_rows, value_rows)
         self._on(node.index, action)
 
     def _add_read(self, buffer: Buffer, batch_rows: IntArray, target: _Target) -> None:
@@ -224,24 +245,52 @@ class _Capture:
         self.buffer.array(self.site, rows.shape[1:])[self.target.index] = rows[self.rows]
 
 
-def _edit(
-    session: Session,
-    edit: Edit,
-    site: Site,
-    node: SiteNode,
-    node_rows: IntArray,
-    value_rows: IntArray,
-    addr: int,
-) -> None:
-    with rows_of(addr, write=True) as a:
-        rows = _shaped(a, node, edit.heads is not None)
-        edit.apply(rows, node_rows, value_rows)
-        if site.name in ROUTERS:
-            check_router(session, site, rows[as_slice(node_rows)])
-        else:
-            check_edited(rows[as_slice(node_rows)], site)
-        if not np.may_share_memory(rows, a):  # heads that do not lie side by side
-            a[0] = rows.reshape(a.shape[1:])
+@dataclass(frozen=True, slots=True, eq=False)
+class _Edit:
+    """Rows of a node that an edit changes."""
+
+    session: Session
+    edit: Edit
+    site: Site
+    node: SiteNode
+    rows: IntArray
+    value_rows: IntArray
+
+    def __call__(self, addr: int) -> None:
+        edit, site = self.edit, self.site
+        with rows_of(addr, write=True) as a:
+            rows = _shaped(a, self.node, edit.heads is not None)
+            edit.apply(rows, self.rows, self.value_rows)
+            if site.name in ROUTERS:
+                check_router(self.session, site, rows[as_slice(self.rows)])
+            else:
+                check_edited(rows[as_slice(self.rows)], site)
+            if not np.may_share_memory(rows, a):  # heads that do not lie side by side
+                a[0] = rows.reshape(a.shape[1:])
+
+    def changes(self) -> list[Change] | None:
+        """The same as changes that compiled code makes, to the last bit; None if it cannot."""
+        edit, site, width = self.edit, self.site, prod(self.node.shape)
+        largest = largest_edited(site)
+        if largest is None or edit.dims is not None:
+            return None
+        parts = [(0, width)]
+        if edit.heads is not None:
+            _, size = self.node.shape
+            parts = [(int(head) * size, size) for head in np.atleast_1d(edit.heads)]
+        out: list[Change] = []
+        values: dict[int, tuple[Operation, Array] | None] = {}
+        for row, value_row in zip(self.rows.tolist(), self.value_rows.tolist(), strict=True):
+            if value_row not in values:
+                values[value_row] = edit.as_arithmetic(sum(n for _, n in parts), value_row)
+            if (found := values[value_row]) is None:
+                return None
+            operation, value = found
+            start = row * width
+            for i, (first, n) in enumerate(parts):
+                part = value[i * n : (i + 1) * n]
+                out.append(Change(operation, start + first, part, start, width, largest))
+        return out
 
 
 def _edit_weights(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mia.arrays import Array
+from mia.engine.delegate import check
 from mia.errors import ModelError, RangeError, UsageError
 from mia.lenses.linear import Array as AnyFloats, Norm, split
 from mia.lenses.readout import Readout
@@ -212,6 +213,7 @@ class LogitLens:
         """Yields (first token, last token + 1, scores (n, block)); the scores are reused."""
         size = max(min(max(_BLOCK // max(len(x), 1), 512), _MATRIX_BLOCK // self.n_embd), 1)
         for start in range(0, self.n_vocab, size):
+            check()
             stop = min(start + size, self.n_vocab)
             scores = x @ self._weights.rows(self._matrix, start, stop).T
             yield start, stop, _through([s.columns(start, stop) for s in self._after], scores)

@@ -23,20 +23,24 @@ if TYPE_CHECKING:
         type_bytes,
         type_name,
     )
+    from mia.llama.interrupts import Held
     from mia.llama.library import give_back_memory, library_info
     from mia.llama.model import LlamaModel
     from mia.llama.sampler import Sampler
     from mia.llama.tensors import Node, describe, host_array, is_output, read_array, rows_of
     from mia.llama.tracer import Tracer
+    from mia.llama.watch import Change
 
 #: name -> its module
 _MODULES = {
     "AdapterFile": "adapter",
     "CACHE_TYPES": "context",
     "FILE_TYPES": "convert",
+    "Change": "watch",
     "Context": "context",
     "ContextParams": "context",
     "FileTensor": "gguf_file",
+    "Held": "interrupts",
     "LlamaModel": "model",
     "NewRows": "gguf_copy",
     "Node": "tensors",
@@ -62,9 +66,11 @@ __all__ = [
     "CACHE_TYPES",
     "FILE_TYPES",
     "AdapterFile",
+    "Change",
     "Context",
     "ContextParams",
     "FileTensor",
+    "Held",
     "LlamaModel",
     "NewRows",
     "Node",

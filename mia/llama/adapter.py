@@ -65,11 +65,12 @@ class AdapterFile:
     def matrices(self, name: str) -> tuple[Array, Array]:
         """B, scaled, and A of a tensor: their product is what is added to it, (n_out, n_in); of
         experts each with an axis in front. Of the embedding the product is B Aᵀ's transpose."""
-        if self._last is None or self._last[0] != name:  # a large matrix is read in blocks
+        last = self._last  # several threads may read at a time
+        if last is None or last[0] != name:  # a large matrix is read in blocks
             pair = self.pairs[name]
             factor = np.float32(self.scale * pair.factor)
-            self._last = name, (self._read(pair.b) * factor, self._read(pair.a))
-        return self._last[1]
+            last = self._last = name, (self._read(pair.b) * factor, self._read(pair.a))
+        return last[1]
 
     def _read(self, t: FileTensor) -> Array:
         n_rows = math.prod(t.ne[1:])

@@ -138,6 +138,27 @@ class Context:
     def seq_rm(self, seq: int, start: int = 0) -> bool:
         return bool(self.lib.L.llama_memory_seq_rm(self.memory, seq, start, -1))
 
+    @property
+    def can_save_sequences(self) -> bool:
+        """Whether `seq_save` gives what `seq_load` needs, and as fast as the host copies."""
+        return not (self.model.recurrent or self.model.has_window or self.model.on_device)
+
+    def seq_save(self, seq: int) -> npt.NDArray[np.uint8]:
+        """A copy of the keys and values of a sequence."""
+        L = self.lib.L
+        data = np.empty(L.llama_state_seq_get_size(self.handle, seq), np.uint8)
+        get = L.llama_state_seq_get_data
+        n = self.lib.call(get, self.handle, _bytes_at(data), data.size, seq)
+        if n != data.size:
+            raise EngineError(f"llama.cpp cannot save a sequence: {self.lib.last_error()}")
+        return data
+
+    def seq_load(self, seq: int, data: npt.NDArray[np.uint8]) -> bool:
+        """Puts what `seq_save` gave into free cells, as a sequence that has none. False if there is no
+        room: then nothing is left of it."""
+        put = self.lib.L.llama_state_seq_set_data
+        return bool(self.lib.call(put, self.handle, _bytes_at(data), data.size, seq) == data.size)
+
     def keep_inputs(self, blocks: Iterable[int], *, trusted: bool = False) -> bool:
         """From now on the inputs of these blocks stay where they are until the next decode; the nodes
         are those for which `is_output` says so. llama.cpp plans its buffers anew.
@@ -247,6 +268,10 @@ class Context:
             array = array_at(addr, shape)
             self._logits = addr, array
         return array
+
+
+def _bytes_at(data: npt.NDArray[np.uint8]) -> Any:
+    return C.cast(data.ctypes.data, C.POINTER(C.c_uint8))
 
 
 def _free(model: LlamaModel) -> Callable[[Any], None]:

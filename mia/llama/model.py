@@ -79,6 +79,8 @@ class LlamaModel:
             why = self.lib.last_error()
             raise ModelError(f"llama.cpp cannot load {path}" + (f": {why}" if why else ""))
         self.file.check_name()
+        #: whether a GPU or a server has a part of it
+        self.on_device = gpu_layers != 0 and bool(self.rpc or self.lib.has_gpu)
         #: LoRA adapters that every context of it adds
         self.adapters: list[Adapter] = []
         buffers = self.lib.weight_buffers

@@ -16,7 +16,7 @@ import numpy as np
 
 from mia.arrays import Array
 from mia.llama.library import Tensor, library
-from mia.llama.watch import ASK_PYTHON, COPY, Watch, native_watch
+from mia.llama.watch import ASK_PYTHON, CHANGE, COPY, EDIT, OPERATIONS, Change, Watch, native_watch
 
 #: `enum ggml_tensor_flag` of ggml.h: nodes without it are not computed
 FLAG_COMPUTE = 16
@@ -78,7 +78,9 @@ class Tracer:
             if skip:
                 flags[0] = ASK_PYTHON  # which leaves out the skipped ones then
             self._watch.addrs, self._watch.requested = nodes.ctypes.data, flags.ctypes.data
-            self._addrs, self._flags = nodes, flags  # kept alive
+            n_bytes = np.zeros(len(addrs), np.uint64)
+            self._watch.bytes = n_bytes.ctypes.data
+            self._addrs, self._flags, self._n_bytes = nodes, flags, n_bytes  # kept alive
         self.addrs, self.requested, self.skip, self.on_data = addrs, requested, skip, on_data
 
     def copy(self, copies: Mapping[int, Array]) -> None:
@@ -88,13 +90,48 @@ class Tracer:
         if self._watch is None or not copies:
             return
         indices = list(copies)
-        to, n_bytes = np.zeros((2, len(self._flags)), np.uint64)
+        to = np.zeros(len(self._flags), np.uint64)
         to[indices] = [a.ctypes.data for a in copies.values()]
-        n_bytes[indices] = [a.nbytes for a in copies.values()]
-        self._watch.to, self._watch.bytes = to.ctypes.data, n_bytes.ctypes.data
-        self._copies = copies, to, n_bytes  # kept alive
+        self._n_bytes[indices] = [a.nbytes for a in copies.values()]
+        self._watch.to = to.ctypes.data
+        self._copies = copies, to  # kept alive
+        self._turn(indices, COPY)
+
+    def change(self, changes: Mapping[int, tuple[int, Sequence[Change]]]) -> None:
+        """After `expect`: for some of the requested nodes how many float32 numbers they have, and
+        changes of them in order. Compiled code, if there is some, makes them in place of reporting the
+        node, on the same conditions as `copy`. If a number would get too large none is made, and the
+        node is reported."""
+        if self._watch is None or not changes:
+            return
+        tables = []
+        at, n = np.zeros((2, len(self._flags)), np.uint64)
+        n_old = 0
+        for index, (n_numbers, parts) in changes.items():
+            rows = [
+                (
+                    OPERATIONS.index(c.operation),
+                    c.first,
+                    len(c.values),
+                    c.row,
+                    c.row_n,
+                    c.largest,
+                    c.values.ctypes.data,
+                )
+                for c in parts
+            ]
+            tables.append(table := np.array(rows, CHANGE))
+            at[index], n[index], self._n_bytes[index] = table.ctypes.data, len(table), 4 * n_numbers
+            n_old = max(n_old, int(table["n"].sum()))
+        old = np.empty(n_old, np.float32)
+        self._watch.changes, self._watch.n_changes = at.ctypes.data, n.ctypes.data
+        self._watch.old = old.ctypes.data
+        self._changes = changes, tables, at, n, old  # kept alive
+        self._turn(list(changes), EDIT)
+
+    def _turn(self, indices: list[int], flag: int) -> None:
         where = self._flags[indices]
-        self._flags[indices] = np.where(where == ASK_PYTHON, ASK_PYTHON, COPY)
+        self._flags[indices] = np.where(where == ASK_PYTHON, ASK_PYTHON, flag)
 
     def begin(self) -> None:
         self._index, self._n, self.error = 0, len(self.addrs), None

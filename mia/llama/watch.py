@@ -8,6 +8,11 @@ import importlib.machinery
 import os
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mia.arrays import Array
 
 
 class Watch(C.Structure):
@@ -22,12 +27,43 @@ class Watch(C.Structure):
         ("to", C.c_void_p),
         ("bytes", C.c_void_p),
         ("is_host", C.c_void_p),
+        ("changes", C.c_void_p),
+        ("n_changes", C.c_void_p),
+        ("old", C.c_void_p),
         ("data", C.c_int64),
     )
 
 
-#: in `Watch.requested`: the question goes to Python; the node's numbers are copied
-ASK_PYTHON, COPY = 2, 3
+#: one change of consecutive numbers of a node: struct change of _watch.c
+CHANGE = np.dtype(
+    [
+        ("operation", np.int64),
+        ("first", np.int64),
+        ("n", np.int64),
+        ("row", np.int64),
+        ("row_n", np.int64),
+        ("largest", np.float64),
+        ("values", np.uint64),
+    ]
+)
+#: what a change does with its values, in the order of enum operation
+OPERATIONS = ("add", "set", "multiply")
+
+
+class Change(NamedTuple):
+    """One of `OPERATIONS`, done to x[first : first + len(values)], where x is all numbers of a node.
+    Afterwards no number of x[row : row + row_n] may be larger than `largest` or not finite."""
+
+    operation: str
+    first: int
+    values: Array
+    row: int
+    row_n: int
+    largest: float
+
+
+#: in `Watch.requested`: the question goes to Python; the node's numbers are copied, or changed
+ASK_PYTHON, COPY, EDIT = 2, 3, 4
 
 
 @cache

@@ -19,11 +19,20 @@ from mia.edits import Function
 NUDGE = 1e-5
 
 
-def nudge(seed: int) -> Function:
-    """An edit's function: each number times 1 + `NUDGE` · N(0, 1), the same for the same seed."""
+class _Nudge:
+    """Each number times 1 + `NUDGE` · N(0, 1), the same for the same seed."""
 
-    def edit(rows: Array) -> Array:
-        factors = 1 + NUDGE * np.random.default_rng(seed).standard_normal(rows.shape)
+    #: what it makes of finite numbers is finite (`mia.engine.stream`)
+    is_tame = True
+
+    def __init__(self, seed: int):
+        self._seed = seed
+
+    def __call__(self, rows: Array) -> Array:
+        factors = 1 + NUDGE * np.random.default_rng(self._seed).standard_normal(rows.shape)
         return (rows * factors).astype(np.float32)
 
-    return edit
+
+def nudge(seed: int) -> Function:
+    """An edit's function: each number times 1 + `NUDGE` · N(0, 1), the same for the same seed."""
+    return _Nudge(seed)

@@ -106,12 +106,15 @@ def maps_request(
     layers: Sequence[int] | None = None,
     edits: Edit | Sequence[Edit] = (),
     values: bool = False,
+    queries: Sequence[int] | None = None,
 ) -> Request:
-    """The request behind `attention_maps`, to be run together with others."""
+    """The request behind `attention_maps`, to be run together with others. `queries`: those whose
+    patterns are read (not with `values`); all by default."""
     names = ("attn_pattern", "v") if values else ("attn_pattern",)
     numbers = range(model.n_layer) if layers is None else layers
     sites = [Site(name, i) for i in numbers for name in names]
-    return Request(list(tokens), one_or_more(edits, Edit), [Capture(sites)], logits=None)
+    capture = Capture(sites, queries)
+    return Request(list(tokens), one_or_more(edits, Edit), [capture], logits=None)
 
 
 def maps_of(

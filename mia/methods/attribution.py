@@ -33,6 +33,7 @@ import numpy as np
 
 from mia.arrays import Array, norms
 from mia.edits import Edit
+from mia.engine.delegate import check
 from mia.errors import ModelError, UsageError
 from mia.generation import Token
 from mia.lenses.linear import Norm, split
@@ -109,7 +110,7 @@ def attribute_logit(
     request = attribution_request(model, tokens, [token], edits=edits)
     result = model.run([request])[0]
     ids = [answer] if against is None else [answer, against]
-    shares = shares_of(model, result, [ids])[0]
+    shares = shares_of(model, request, result, [ids])[0]
     if isinstance(shares, ModelError):
         raise shares
     return shares[0] if against is None else shares[0] - shares[1]
@@ -131,11 +132,12 @@ def attribution_request(
 
 
 def shares_of(
-    model: Model, result: Result, answers: Sequence[Sequence[int]]
+    model: Model, request: Request, result: Result, answers: Sequence[Sequence[int]]
 ) -> list[list[Attribution] | ModelError]:
     """The shares of some tokens' logits at each position of an `attribution_request`.
 
     Args:
+        request, result: what was run, and what it gave.
         answers: token ids for each of its positions.
 
     Returns:
@@ -149,8 +151,9 @@ def shares_of(
     for start in positions[::size]:
         rows = positions[start : start + size]
         for row, parts in zip(rows, _parts(model, result, rows), strict=True):
+            check()
             try:
-                _check(model, parts)
+                _check(model, parts, is_changed=bool(request.edits))
                 logits = result.logits[row]
                 out.append([_of_token(model, parts, logits, t) for t in answers[row]])
             except ModelError as err:
@@ -186,14 +189,16 @@ def _parts(model: Model, result: Result, rows: range) -> list[_Parts]:
     return [_Parts(*terms) for terms in zip(embed, attn, mlp, heads, bias, end, strict=True)]
 
 
-def _check(model: Model, p: _Parts) -> None:
+def _check(model: Model, p: _Parts, *, is_changed: bool) -> None:
     """Raises `ModelError` if the parts do not add up to the last residual."""
     missing = np.abs(p.embed + p.attn.sum(0) + p.mlp.sum(0) - p.end).max()
     missing /= max(np.abs(p.end).max(), 1e-6)
     if not missing < 1e-3:
+        other = f"{model.architecture} adds something else"
         raise ModelError(
             f"embedding, attention and MLPs of {model.name} do not add up to its last residual: "
-            f"{missing:.1%} of it comes from elsewhere ({model.architecture} adds something else)"
+            f"{missing:.1%} of it comes from elsewhere "
+            f"({'what is changed adds to it, or ' * is_changed}{other})"
         )
     rest = norms(p.attn - p.heads.sum(1) - p.attn_bias) / np.maximum(norms(p.attn), 1e-6)
     if not rest.max() < 0.1:

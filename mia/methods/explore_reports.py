@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mia.arrays import Array, Floats, IntArray
+from mia.methods.explore_changes import NOTHING, Said
 from mia.show.report import Report
 from mia.show.text import rounded, visible
 
@@ -96,6 +97,8 @@ class Explored(Report):
         branches: continuations of other tokens.
         pieces: {"id", "text"} of every token that something here names.
         words: what commands need.
+        label, said: what the text is called, and how the changes are said with which it was generated.
+        changed: the changed text, if this is the unchanged one beside it.
     """
 
     facts: ModelFacts
@@ -110,11 +113,22 @@ class Explored(Report):
     missing: dict[str, str]
     pieces: Mapping[int, dict[str, Any]]
     words: Words
+    label: str = "the text"
+    said: Said = NOTHING
+    changed: Explored | None = None
+
+    @property
+    def views(self) -> list[Explored]:
+        """The texts of the page."""
+        return [self] if self.changed is None else [self, self.changed]
 
     def document(self) -> dict[str, Any]:
         """All but the attention and the tokens that are followed, which only the page has."""
+        changed = {} if self.changed is None else {"changed": self.changed.document()}
+        changes = {"changes": self.said.text} if self.said.text else {}
         return {
             "model": self.facts.document(),
+            **changes,
             "tokens": [t.document() for t in self.tokens],
             "n_prompt": self.n_prompt,
             "alternatives": [self._after(i) for i in range(len(self.tokens))],
@@ -135,10 +149,18 @@ class Explored(Report):
                 for b in self.branches
             ],
             "missing": self.missing,
+            **changed,
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """A record for each token and each of its alternatives."""
+        """A record for each token and each of its alternatives; of two texts with `view`."""
+        return [
+            {**({} if self.changed is None else {"view": e.label}), **row}
+            for e in self.views
+            for row in e._rows()
+        ]
+
+    def _rows(self) -> list[dict[str, Any]]:
         return [
             {"token_index": i, "rank": rank, **entry}
             for i in range(1, len(self.tokens))
@@ -147,6 +169,11 @@ class Explored(Report):
 
     def plain(self) -> str:
         """The generated tokens, each with its probability and what it could have been."""
+        if self.changed is None:
+            return self._lines()
+        return f"unchanged:\n{self._lines()}\nchanged:\n{self.changed._lines()}"
+
+    def _lines(self) -> str:
         lines = []
         for i in range(self.n_prompt, len(self.tokens)):
             a = self.alternatives

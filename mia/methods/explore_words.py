@@ -55,35 +55,21 @@ def words_of(
     sampling: Sampling,
 ) -> Words:
     """Tries which texts are read as the tokens that they are of."""
-    bos = model.has_bos(tokens)
-
-    def text(ids: Sequence[int]) -> str:
-        return model.detokenize(ids[1:] if bos else ids)
-
-    def same(ids: Sequence[int], cut: int) -> bool:
-        spelled = text(ids)
-        if spelled != safe(spelled, "\n\t"):
-            return False  # nobody types these characters
-        try:
-            return model.tokenize(spelled[cut:], bos=bos) == list(ids)
-        except UsageError:
-            return False
-
-    # a SentencePiece tokenizer puts a space in front of what it reads
-    cut = int(text(tokens).startswith(" ") and not same(tokens, 0))
+    spelling = Spelling(model, tokens)
+    cut = spelling.cut
     listed: IntArray = alternatives.ids
     own = set(tokens) | {int(t) for t in listed.ravel()}
     defaults = Sampling()
     return Words(
-        model=_name(model),
+        model=model_words(model),
         as_type="" if model.copy is None else model.copy.type,
-        bos=bos,
+        bos=spelling.bos,
         cut=cut,
-        prompts=[same(tokens[: i + 1], cut) for i in range(len(tokens))],
+        prompts=[spelling.says(tokens[: i + 1]) for i in range(len(tokens))],
         alternatives=[
-            [same([*tokens[: i + 1], int(t)], cut) for t in row] for i, row in enumerate(listed)
+            [spelling.says([*tokens[: i + 1], int(t)]) for t in row] for i, row in enumerate(listed)
         ],
-        answers={t for t in own if _is_one(model, t)},
+        answers={t for t in own if is_one(model, t)},
         n_predict=n_predict,
         k=k,
         branches=branches,
@@ -95,14 +81,43 @@ def words_of(
     )
 
 
-def _name(model: Model) -> str:
+def model_words(model: Model) -> str:
     """A name that opens the model: that of a registered one, or its file's, without the folder."""
     return model.path.name if model.name in (model.path.name, model.path.stem) else model.name
 
 
-def _is_one(model: Model, token: int) -> bool:
+def is_one(model: Model, token: int) -> bool:
+    """Whether a token's text alone is that token."""
     piece = model.piece(token)
     try:
         return piece == safe(piece, "\n\t") and model.token_id(piece) == token
     except UsageError:
         return False
+
+
+class Spelling:
+    """How tokens of a text are written as prompts: which of them are read as the same tokens.
+
+    Attributes:
+        bos: whether the text begins with a BOS token, which a prompt leaves out.
+        cut: characters that the tokenizer puts in front of a prompt by itself.
+    """
+
+    def __init__(self, model: Model, tokens: Sequence[int]):
+        self._model = model
+        self.bos, self.cut = model.has_bos(tokens), 0
+        # a SentencePiece tokenizer puts a space in front of what it reads
+        self.cut = int(self._text(tokens).startswith(" ") and not self.says(tokens))
+
+    def says(self, ids: Sequence[int]) -> bool:
+        """Whether these first tokens of the text are what their text is read as."""
+        spelled = self._text(ids)
+        if spelled != safe(spelled, "\n\t"):
+            return False  # nobody types these characters
+        try:
+            return self._model.tokenize(spelled[self.cut :], bos=self.bos) == list(ids)
+        except UsageError:
+            return False
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._model.detokenize(ids[1:] if self.bos else ids)

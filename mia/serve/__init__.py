@@ -44,7 +44,7 @@ def serve(
         hosts: names by which clients may call the server, beside localhost and its addresses.
         limits: what clients may ask for at most (`mia.serve.limits.Limits`).
         cells, n_requests: as of `Model.stream`.
-        ready: called with the server's address when it listens.
+        ready: called with the server's address when it answers.
 
     Raises:
         UsageError: starlette or uvicorn is missing; an address that others can reach, without a key; or
@@ -86,12 +86,15 @@ def serve(
     )
     listener = listen(host, port)
     address = listener.getsockname()
+    name = f"[{address[0]}]" if ":" in address[0] else address[0]
+
+    def say() -> None:
+        if ready is not None:
+            ready(f"http://{name}:{address[1]}")
+
     server.scheduler.start()
     try:
-        if ready is not None:
-            name = f"[{address[0]}]" if ":" in address[0] else address[0]
-            ready(f"http://{name}:{address[1]}")
-        WebServer(config, server.scheduler.stop).run(sockets=[listener])
+        WebServer(config, ready=say, end=server.scheduler.stop).run(sockets=[listener])
     finally:
         listener.close()
         server.scheduler.stop()

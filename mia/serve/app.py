@@ -1,19 +1,12 @@
-"""The server: routes, who is let in, and what is answered.
-
-Safe by default: it listens on loopback alone, and elsewhere only with a key. The Host header must name
-the server (a page of another site that has its name point to 127.0.0.1 is refused), a request of
-another origin is refused, bodies are JSON by their Content-Type (a form of another site's page is not),
-and no header lets another site read an answer. Everything has a limit (`Limits`).
-"""
+"""The server: its routes, and what is answered. `guard.py` says who is let in."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
-import ipaddress
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,17 +14,22 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from mia.errors import EngineError, MiaError
+from mia.errors import MiaError
 from mia.notices import notice
 from mia.serve import looks
 from mia.serve.changes import Changer
 from mia.serve.completions import Answers, Body, parse, plan
+from mia.serve.exploring import explore, page
 from mia.serve.fields import Fields, Refused, error_document, parse_json
+from mia.serve.guard import Guard, JsonResponse, refusal
 from mia.serve.limits import Limits
 from mia.serve.scheduler import Completion, Part, Scheduler
 from mia.serve.store import Vectors
+from mia.serve.workers import Gone
+from mia.serve.writing import Choice
+from mia.show.explorer import live_page
 from mia.show.text import safe
 
 if TYPE_CHECKING:
@@ -39,129 +37,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-
-class Gone(Exception):
-    """The client has left."""
-
-
-class JsonResponse(Response):
-    """A JSON document, read as nothing else by any browser."""
-
-    def __init__(self, document: Any, status: int = 200, headers: dict[str, str] | None = None):
-        data = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
-        more = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-        super().__init__(data, status, {**more, **(headers or {})}, "application/json")
-
-
-def refusal(err: Exception) -> JsonResponse:
-    """What answers an error."""
-    if isinstance(err, Refused):
-        headers = {"Retry-After": "1"} if err.status == 503 else {}
-        if err.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        return JsonResponse(err.document(), err.status, headers)
-    status = 500 if isinstance(err, EngineError) or not isinstance(err, MiaError) else 400
-    message = str(err) if isinstance(err, MiaError) else f"{type(err).__name__} in the server"
-    return JsonResponse(error_document(message, status), status)
-
-
-class Guard:
-    """Lets in who may come: Host, Origin, key, Content-Type, size and time of the body."""
-
-    def __init__(self, app: ASGIApp, *, hosts: Sequence[str], key: str | None, limits: Limits):
-        self._app, self._limits = app, limits
-        self._hosts = {"localhost", *(host.lower() for host in hosts)}
-        self._key = None if key is None else key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
-        if scope["type"] != "http":
-            return  # no websockets: uvicorn answers 403
-        try:
-            self._check(scope)
-            body = b""
-            if scope["method"] in ("POST", "PUT", "DELETE"):
-                body = await asyncio.wait_for(self._body(scope, receive), self._limits.body_seconds)
-        except Gone:
-            return
-        except asyncio.TimeoutError:
-            await refusal(Refused("the body did not come", status=408))(scope, receive, send)
-            return
-        except Refused as err:
-            await refusal(err)(scope, receive, send)
-            return
-        scope["mia.body"] = body
-        try:
-            await self._app(scope, receive, self._timed(send))
-        except asyncio.CancelledError:  # the server ends, and waits no longer
-            ending = refusal(Refused("the server is stopping", status=503))
-            with contextlib.suppress(RuntimeError):  # an answer has begun
-                await ending(scope, receive, send)
-
-    def _check(self, scope: Scope) -> None:
-        headers: dict[str, str] = {}
-        for name, value in scope["headers"]:
-            headers.setdefault(name.decode("latin-1"), value.decode("latin-1"))
-        host = headers.get("host", "")
-        if not self._is_known(host):
-            raise Refused(f"the Host {host[:100]!r} is not this server", status=403)
-        origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2].lower() != host.lower():
-            raise Refused("requests of other origins are not answered", status=403)
-        if self._key is not None and scope["path"] != "/health":
-            kind, _, given = headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not hmac.compare_digest(
-                given.strip().encode(), self._key
-            ):
-                raise Refused("a key is needed: Authorization: Bearer KEY", status=401)
-        if scope["method"] == "POST":
-            content = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if content not in ("application/json", "application/octet-stream"):
-                raise Refused("the Content-Type is application/json", status=415)
-
-    def _is_known(self, host: str) -> bool:
-        """A name of this server, or an address: another site's name cannot be one."""
-        name = host.lower()
-        name = name[: name.rfind(":")] if not name.endswith("]") and ":" in name else name
-        if name in self._hosts:
-            return True
-        with contextlib.suppress(ValueError):
-            address = ipaddress.ip_address(name.strip("[]"))
-            return address.is_loopback or self._key is not None
-        return False
-
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        is_upload = scope["path"].startswith("/mia/vectors/")
-        most = self._limits.upload if is_upload else self._limits.body
-        parts, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Gone
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > most:
-                raise Refused(f"the body is larger than {most} bytes", status=413)
-            if not message.get("more_body"):
-                return b"".join(parts)
-
-    def _timed(self, send: Send) -> Send:
-        """Who does not take what he asked for is left."""
-
-        async def timed(message: Any) -> None:
-            # not wait_for: before Python 3.12 it can lose the cancellation of who waits
-            sending = asyncio.ensure_future(send(message))
-            try:
-                await asyncio.wait({sending}, timeout=self._limits.send_seconds)
-                if not sending.done():
-                    raise asyncio.TimeoutError
-                sending.result()
-            finally:
-                sending.cancel()
-
-        return timed
+#: of a page that is kept as a file
+_FILE = {
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Content-Disposition": 'attachment; filename="explore.html"',
+}
 
 
 class Events(Response):
@@ -224,22 +105,26 @@ class Server:
         post = {
             "/v1/completions": self._completions,
             "/v1/chat/completions": self._chat,
-            "/tokenize": self._call(looks.tokenize),
-            "/detokenize": self._call(looks.detokenize),
-            "/mia/tokens": self._call(looks.tokens),
+            "/tokenize": self._call(looks.tokenize, runs=False),
+            "/detokenize": self._call(looks.detokenize, runs=False),
+            "/mia/tokens": self._call(looks.tokens, runs=False),
             "/mia/lens": self._call(looks.lens),
             "/mia/attention": self._call(looks.attention),
             "/mia/attribute": self._call(looks.attribute),
             "/mia/activations": self._call(looks.activations),
+            "/mia/explore": self._call(explore),
+            "/mia/page": self._call(page),
             "/mia/vectors": self._call(looks.combine),
             "/mia/vectors/{name}": self._upload,
         }
         return [
             *(Route(path, self._answered(f), methods=["POST"]) for path, f in post.items()),
+            Route("/", self._answered(self._page), methods=["GET"]),
             Route("/health", self._answered(self._health), methods=["GET"]),
             Route("/v1/models", self._answered(self._models), methods=["GET"]),
             Route("/v1/models/{name:path}", self._answered(self._models), methods=["GET"]),
             Route("/tokenizer_info", self._answered(self._tokenizer), methods=["GET"]),
+            Route("/mia/model", self._answered(self._model), methods=["GET"]),
             Route("/mia/vectors", self._answered(self._list), methods=["GET"]),
             Route("/mia/vectors/{name}", self._answered(self._remove), methods=["DELETE"]),
         ]
@@ -262,14 +147,27 @@ class Server:
 
     # -- what is there ---------------------------------------------------------------
 
+    async def _page(self, request: Request) -> Response:
+        """The page says nothing of the model: its script asks, with the key."""
+        headers = {
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "no-store",
+            "Content-Security-Policy": "frame-ancestors 'none'",
+            "Referrer-Policy": "no-referrer",
+        }
+        return Response(live_page(), headers=headers, media_type="text/html")
+
     async def _health(self, request: Request) -> Response:
+        if not request.scope["mia.has_key"]:
+            return JsonResponse({"status": "ok"})
         s = self.scheduler
+        pending = s.pending  # before the rest: who is over by now holds nothing any more
         usage = await s.call(s.usage, always=True)
         return JsonResponse(
             {
                 "status": "ok",
                 "model": self.model.name,
-                "pending": s.pending,
+                "pending": pending,
                 "running": usage.running,
                 "waiting": usage.waiting,
                 "cells": {"used": usage.cells, "kept": usage.kept_cells, "all": usage.budget},
@@ -281,7 +179,7 @@ class Server:
         )
 
     async def _tokenizer(self, request: Request) -> Response:
-        return JsonResponse(await self.scheduler.call(lambda: looks.tokenizer_info(self.model)))
+        return JsonResponse(await self.scheduler.aside(lambda: looks.tokenizer_info(self.model)))
 
     async def _models(self, request: Request) -> Response:
         name = request.path_params.get("name", self.model.name)
@@ -301,15 +199,21 @@ class Server:
         return await self._complete(request, chat=True)
 
     async def _complete(self, request: Request, *, chat: bool) -> Response:
-        document = parse_json(request.scope["mia.body"])
         body = parse(
-            document,
+            parse_json(request.scope["mia.body"]),
             chat=chat,
             model=self.model.name,
             longest=self.longest,
             limits=self.limits,
         )
-        completion = Completion(lambda: plan(body, self.model, self.changer, self.longest))
+        planned: Callable[[], list[Choice]] = partial(
+            plan, body, self.model, self.changer, self.longest
+        )
+        if body.asked.runs_model:  # patches take from other prompts
+            choices = await unless_gone(request.receive, self.scheduler.look(planned))
+            completion = Completion(lambda: choices)
+        else:
+            completion = Completion(planned)
         self.scheduler.submit(completion)
         answers = Answers(body, self.model)
         if not body.stream:
@@ -346,27 +250,42 @@ class Server:
 
     # -- mia's own ------------------------------------------------------------------------
 
+    @property
+    def _desk(self) -> looks.Desk:
+        return looks.Desk(self.model, self.vectors, self.changer, self.limits, self.longest)
+
+    async def _model(self, request: Request) -> Response:
+        return JsonResponse(await self.scheduler.look(lambda: looks.model(self._desk)))
+
     def _call(
-        self, look: Callable[[looks.Desk, Fields], Any]
+        self, look: Callable[[looks.Desk, Fields], Any], *, runs: bool = True
     ) -> Callable[[Request], Awaitable[Response]]:
-        """A route that runs one function in the thread that has the model."""
+        """A route that runs one function beside the model's thread, until the client leaves.
+
+        Args:
+            runs: whether it runs the model.
+        """
 
         async def answer(request: Request) -> Response:
-            fields = Fields(parse_json(request.scope["mia.body"]))
-            desk = looks.Desk(self.model, self.vectors, self.changer, self.limits, self.longest)
-            result = await self.scheduler.call(lambda: look(desk, fields))
+            desk, data = self._desk, request.scope["mia.body"]
+            beside = self.scheduler.look if runs else self.scheduler.aside
+            # a document is many times as large as its bytes: it is made when its turn has come
+            looking = beside(lambda: look(desk, Fields(parse_json(data))))
+            result = await unless_gone(request.receive, looking)
             if isinstance(result, bytes):
                 return Response(
                     result,
                     headers={"X-Content-Type-Options": "nosniff"},
                     media_type="application/octet-stream",
                 )
+            if isinstance(result, str):
+                return Response(result, headers=_FILE, media_type="text/html")
             return JsonResponse(result)
 
         return answer
 
     async def _list(self, request: Request) -> Response:
-        return JsonResponse({"vectors": await self.scheduler.call(self.vectors.document)})
+        return JsonResponse({"vectors": await self.scheduler.aside(self.vectors.document)})
 
     async def _upload(self, request: Request) -> Response:
         name, data = request.path_params["name"], request.scope["mia.body"]
@@ -377,11 +296,11 @@ class Server:
             self.vectors.add(name, vector)
             return {"name": name, "site": vector.site, "layers": vector.layers}
 
-        return JsonResponse(await self.scheduler.call(add))
+        return JsonResponse(await self.scheduler.look(add))
 
     async def _remove(self, request: Request) -> Response:
         name = request.path_params["name"]
-        await self.scheduler.call(lambda: self.vectors.remove(name))
+        await self.scheduler.aside(lambda: self.vectors.remove(name))
         return JsonResponse({"name": name, "deleted": True})
 
 

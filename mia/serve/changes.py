@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mia.edits import OPERATORS, Edit
-from mia.ranges import parse_layers, parse_tokens
+from mia.ranges import parse_heads, parse_layers, parse_tokens
 from mia.request import Capture, Result
 from mia.serve.fields import Fields, Refused
 from mia.serve.limits import Limits
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 _OPERATORS = tuple(o.name for o in OPERATORS.values() if o.value and o.name != "mean")
 #: edits that are remembered, so that a conversation's next turn has the same ones
 _REMEMBERED = 256
+#: the same of those that are for one prompt, and their bytes
+_REMEMBERED_PROMPTS, _REMEMBERED_BYTES = 32, 4 << 20
+_NOTHING: list[Any] = [[], None, [], []]
 
 
 @dataclass
@@ -42,6 +47,16 @@ class Asked:
     capture: list[Any] = field(default_factory=list)
     #: what patches took from other prompts, for all prompts of the body
     taken: dict[tuple[str, tuple[int, ...]], Activations] = field(default_factory=dict)
+    n_taken: int = 0
+    #: the edits made so far for all prompts of the body; `n_…`: how many numbers both have
+    made: set[Edit] = field(default_factory=set)
+    n_made: int = 0
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether its edits take from other runs."""
+        resamples = isinstance(self.ablate, dict) and self.ablate.get("with") == "resample"
+        return resamples or bool(self.patch)
 
     @classmethod
     def of(cls, fields: Fields, limits: Limits) -> Asked:
@@ -83,24 +98,65 @@ class Reads:
 
 
 class Changer:
-    """Makes edits and captures of what clients ask for. All of it runs in the thread that has the model."""
+    """Makes edits and captures of what clients ask for, in the thread that has the model or in that of
+    a look."""
 
     def __init__(self, model: Model, vectors: Vectors, limits: Limits):
         self._model, self._vectors, self._limits = model, vectors, limits
+        self._lock = threading.Lock()
         self._remembered: dict[str, list[Edit]] = {}
+        self._of_prompts: dict[bytes, list[Edit]] = {}
 
     def edits(self, asked: Asked, tokens: Sequence[int]) -> list[Edit]:
-        """The edits for a prompt of these token ids."""
-        edits: list[Edit] = []
-        for i, given in enumerate(asked.patch):
-            edits += self._patch(Fields(given, f"patch[{i}]"), len(tokens), asked)
-        if asked.ablate is not None:
-            edits += self._ablate(asked.ablate, tokens)
-        for text in asked.block:
-            edits += self._block(text, len(tokens))
-        for i, given in enumerate(asked.steer):
-            edits += self._steer(given, f"steer[{i}]", len(tokens))
+        """The edits for a prompt of these token ids. The same objects for the same question, so that who
+        reads a text finds in the cache what was decoded when it was generated."""
+        question = [asked.steer, asked.ablate, asked.block, asked.patch]
+        if question == _NOTHING:
+            return []
+        text = json.dumps([question, list(tokens), self._vectors.version], sort_keys=True)
+        key = hashlib.sha256(text.encode()).digest()
+        with self._lock:
+            known = self._of_prompts.pop(key, None)
+        if known is None:
+            edits = self._made(asked, tokens)
+        else:
+            edits = known
+            self._count(asked, edits, None)
+        if sum(e._value.nbytes for e in edits if e._value is not None) <= _REMEMBERED_BYTES:
+            with self._lock:
+                while len(self._of_prompts) >= _REMEMBERED_PROMPTS:
+                    del self._of_prompts[next(iter(self._of_prompts))]
+                self._of_prompts[key] = edits
         return edits
+
+    def _made(self, asked: Asked, tokens: Sequence[int]) -> list[Edit]:
+        edits: list[Edit] = []
+
+        def add(more: list[Edit], param: str) -> None:
+            edits.extend(more)
+            self._count(asked, more, param)
+
+        for i, given in enumerate(asked.patch):
+            add(self._patch(Fields(given, f"patch[{i}]"), len(tokens), asked), "patch")
+        if asked.ablate is not None:
+            add(self._ablate(asked.ablate, tokens), "ablate")
+        for text in asked.block:
+            add(self._block(text, len(tokens)), "block")
+        for i, given in enumerate(asked.steer):
+            add(self._steer(given, f"steer[{i}]", len(tokens)), "steer")
+        return edits
+
+    def _count(self, asked: Asked, edits: list[Edit], param: str | None) -> None:
+        """Raises `Refused` if all edits of a body have too many numbers; one that is shared counts once."""
+        new = [e for e in edits if e not in asked.made]
+        asked.made.update(new)
+        asked.n_made += sum(e._value.size for e in new if e._value is not None)
+        if asked.n_made > self._limits.edited:
+            raise Refused(
+                f"the changes of all prompts have {asked.n_made} numbers; "
+                f"{self._limits.edited} are the most",
+                param=param,
+            )
 
     def reads(self, asked: Asked, tokens: Sequence[int], n_predict: int) -> Reads:
         reads = Reads()
@@ -115,13 +171,14 @@ class Changer:
 
     def _remember(self, key: str, make: Callable[[], list[Edit]]) -> list[Edit]:
         key = f"{self._vectors.version} {key}"
-        edits = self._remembered.pop(key, None)
+        with self._lock:
+            edits = self._remembered.pop(key, None)
         if edits is None:
             edits = make()
+        with self._lock:
             while len(self._remembered) >= _REMEMBERED:
                 del self._remembered[next(iter(self._remembered))]
-        self._remembered[key] = edits
-        return edits
+            return self._remembered.setdefault(key, edits)
 
     def _steer(self, given: Any, where: str, n: int) -> list[Edit]:
         def make() -> list[Edit]:
@@ -181,6 +238,14 @@ class Changer:
             ablate_experts=experts,
         )
         if how == "resample":
+            sizes = (self._model.n_layer, self._model.n_head)
+            layers = {h.layer for h in parse_heads(heads or "", *sizes, "heads to ablate")}
+            size = self._size([(Site("head_out", i), len(tokens), 1) for i in layers])
+            if size > self._limits.edited:
+                raise fields.refuse(
+                    "heads",
+                    f"take {size} numbers of this prompt; {self._limits.edited} are the most",
+                )
             return changes.prompt_edits(self._model, tokens)
         key = json.dumps(["ablate", heads, attention, experts])
         return self._remember(key, lambda: changes.prompt_edits(self._model, tokens))
@@ -217,6 +282,8 @@ class Changer:
             return [Edit(s, mode, rows, tokens=positions) for s in sites]
         if not isinstance(prompt, (str, list)):
             raise fields.refuse("prompt", "is missing: a text or token ids; or give values")
+        if len(prompt) > 64 * self._limits.patch_tokens:
+            raise fields.refuse("prompt", "is too long")
         ids = self._model.ids(prompt)
         activations = self._taken(site, ids, asked)
         taken: Any = "-1" if source is None else source
@@ -236,7 +303,13 @@ class Changer:
                     param="patch",
                 )
             sites = parse_many(site, self._model.n_layer)
-            self.check_size([(s, len(ids), len(ids)) for s in sites])
+            asked.n_taken += self.check_size([(s, len(ids), len(ids)) for s in sites])
+            if asked.n_taken > self._limits.edited:
+                raise Refused(
+                    f"patches take {asked.n_taken} numbers from other prompts; "
+                    f"{self._limits.edited} are the most",
+                    param="patch",
+                )
             asked.taken[key] = self._model.look(ids, sites)
         return asked.taken[key]
 
@@ -248,6 +321,11 @@ class Changer:
         Args:
             reads: site, rows and keys of each.
         """
+        size = self._size(reads)
+        self.check_total(size)
+        return size
+
+    def _size(self, reads: Sequence[tuple[Site, int, int]]) -> int:
         size = 0
         by_key = any(site.name in BY_KEY for site, _, _ in reads)
         model = self._model
@@ -255,7 +333,6 @@ class Changer:
         for site, n_rows, n_keys in reads:
             node = topology.sites.get(site)
             size += n_rows * (prod(node.read_shape(n_keys)) if node is not None else 0)
-        self.check_total(size)
         return size
 
     def check_total(self, size: int) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: tokens that a completion and a chat may have where the client does not say
 _COMPLETION, _CHAT = 16, 512
+#: tokens that a letter's bytes may be spread over, and more
+_LETTER = 8
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Body:
         prompts: texts or token ids; of a chat one text, once the template has made it.
         says_length: whether the client gave `max_tokens`.
         logprobs: None for none, else how many of the most probable tokens are listed.
+        token_ids, labels: whether the answer has the tokens' ids, and how they are shown.
     """
 
     chat: bool
@@ -48,6 +51,8 @@ class Body:
     ignore_eos: bool = False
     stream: bool = False
     usage: bool = False
+    token_ids: bool = False
+    labels: bool = False
     asked: Asked = field(default_factory=Asked)
 
     def __post_init__(self) -> None:
@@ -78,10 +83,12 @@ def parse(body: Any, *, chat: bool, model: str, longest: int, limits: Limits) ->
         fields.only("best_of", out.n)
     if out.n * max(len(out.prompts), 1) > limits.choices:
         raise Refused(f"prompts × n are {limits.choices} at most", param="n")
-    out.says_length = fields.has("max_tokens") or (chat and fields.has("max_completion_tokens"))
-    default = min(_CHAT if chat else _COMPLETION, longest)
-    given = fields.whole("max_tokens", default, 1 if chat else 0, longest)
-    out.max_tokens = fields.whole("max_completion_tokens", given, 1, longest) if chat else given
+    lengths = ("max_tokens", "max_new_tokens", *(["max_completion_tokens"] if chat else []))
+    out.says_length = any(fields.has(name) for name in lengths)
+    out.max_tokens = min(_CHAT if chat else _COMPLETION, longest)
+    if out.says_length:  # lm-evaluation-harness may send two
+        given = [n for n in lengths if fields.has(n)]
+        out.max_tokens = min(fields.whole(n, 0, 1 if chat else 0, longest) for n in given)
     out.sampling = _sampling(fields)
     out.stops = _stops(fields, limits)
     out.logprobs = _logprobs(fields, chat, limits)
@@ -91,6 +98,8 @@ def parse(body: Any, *, chat: bool, model: str, longest: int, limits: Limits) ->
     out.bos = bos
     out.ignore_eos = fields.flag("ignore_eos")
     out.stream = fields.flag("stream")
+    out.token_ids = fields.flag("return_token_ids")
+    out.labels = fields.flag("return_labels")
     options = Fields(fields.take("stream_options", {}), "stream_options")
     out.usage = options.flag("include_usage")
     options.flag("include_obfuscation")
@@ -104,6 +113,7 @@ def _refuse_others(fields: Fields) -> None:
     """Fields that change nothing here may come; others are refused by their name."""
     for harmless in ("user", "safety_identifier", "metadata", "store", "service_tier"):
         fields.take(harmless)
+    fields.only("num_beams", 1)
     fields.only("logit_bias", {})
     fields.only("tools", [])
     fields.only("functions", [])
@@ -262,23 +272,31 @@ class Answers:
         #: that has the bytes of a letter that is not whole yet
         self._places: dict[int, tuple[int, codecs.IncrementalDecoder]] = {}
         self._begun: set[int] = set()
+        #: for each choice the tokens told last: they may have the first bytes of the next one's letter
+        self._before: dict[int, list[int]] = {}
 
     def chunks(self, part: Part) -> list[dict[str, Any]]:
         """The documents of a stream for a part."""
         out = []
-        if part.choice.index not in self._begun:
+        is_first = part.choice.index not in self._begun
+        if is_first:
             self._begun.add(part.choice.index)
             if self._body.chat:
                 out.append(self._chunk(part, {"role": "assistant", "content": ""}, None))
             elif self._body.echo:
                 text = self._model.detokenize(part.choice.prompt)
                 out.append(self._chunk(part, text, self._of_prompt(part.choice)))
+            if out:
+                out[0]["choices"][0].update(self._ids(part.choice, (), of_prompt=True))
         if part.text or part.tokens or part.finish_reason:
             logprobs = self._of(part.choice, part.tokens)
             content: Any = {"content": part.text} if self._body.chat else part.text
             if self._body.chat and not part.text:
                 content = {}
-            out.append(self._chunk(part, content, logprobs, part.finish_reason, part.extra))
+            chunk = self._chunk(part, content, logprobs, part.finish_reason, part.extra)
+            ids = self._ids(part.choice, part.tokens, of_prompt=is_first and not out)
+            chunk["choices"][0].update(ids)
+            out.append(chunk)
         return out
 
     def last_chunk(self, choices: Iterable[Choice]) -> dict[str, Any] | None:
@@ -301,6 +319,7 @@ class Answers:
                 before = self._model.detokenize(c.prompt) if self._body.echo else ""
                 entry["text"] = before + c.text
             entry["logprobs"], entry["finish_reason"] = logprobs, c.finish_reason
+            entry.update(self._ids(c, c.tokens, of_prompt=True))
             if extras.get(c.index):
                 entry["mia"] = extras[c.index]
             out.append(entry)
@@ -327,6 +346,21 @@ class Answers:
         if extra:
             entry["mia"] = extra
         return {**self._head(chunk=True), "choices": [entry]}
+
+    def _ids(self, choice: Choice, tokens: Sequence[Written], *, of_prompt: bool) -> dict[str, Any]:
+        """The ids of new tokens, and how they are shown: [id, label, text]."""
+        out: dict[str, Any] = {}
+        ids = [t.id for t in tokens]
+        if self._body.token_ids:
+            out = {"prompt_token_ids": choice.prompt} if of_prompt else {}
+            out["token_ids"] = ids
+        if self._body.labels:
+            if of_prompt:
+                out["prompt_labels"] = labels(self._model, choice.prompt)
+            before = self._before.get(choice.index, choice.prompt[-_LETTER:])
+            out["labels"] = labels(self._model, ids, before)
+            self._before[choice.index] = [*before, *ids][-_LETTER:]
+        return out
 
     def _usage(self, choices: Iterable[Choice]) -> dict[str, int]:
         choices = list(choices)
@@ -385,6 +419,14 @@ class Answers:
 
         top = [entry(other, logprob) for other, logprob in token.top]
         return {**entry(token.id, token.logprob), "top_logprobs": top}
+
+
+def labels(model: Model, ids: Sequence[int], before: Sequence[int] = ()) -> list[list[Any]]:
+    """[id, label, text] of tokens, as pages have them. `before`: the last tokens before these."""
+    from mia.show.text import visible
+
+    rows = model.token_rows([*before, *ids])[len(before) :]
+    return [[row.id, visible(row.label), row.text] for row in rows]
 
 
 def _decoder(errors: str) -> codecs.IncrementalDecoder:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mia.edits import Edit
+from mia.errors import MiaError
 from mia.ranges import parse_heads, parse_layers, parse_tokens
 from mia.request import Capture, Request
 from mia.serve.changes import Asked, Changer
 from mia.serve.fields import Fields, Refused
 from mia.serve.limits import Limits
 from mia.serve.store import Vectors
+from mia.show.text import safe, visible
 from mia.sites import parse_many
 
 if TYPE_CHECKING:
@@ -52,19 +54,60 @@ class Desk:
 
     def edits(self, fields: Fields, ids: Sequence[int]) -> list[Edit]:
         """The changes that the body asks for."""
-        asked = Asked.of(fields, self.limits)
+        return self.edits_of(Asked.of(fields, self.limits), fields, ids)
+
+    def edits_of(self, asked: Asked, fields: Fields, ids: Sequence[int]) -> list[Edit]:
         if asked.lens is not None or asked.capture:
             raise Refused("lens and capture belong to completions", param="lens")
         fields.end()
         return self.changer.edits(asked, ids)
+
+    def check_size(self, size: int, param: str = "prompt") -> None:
+        """Raises `Refused` for more numbers than a look may read."""
+        most = 8 * self.limits.captured
+        if size > most:
+            raise Refused(f"{size} numbers are to be read; {most} are the most", param=param)
 
 
 def tokens(desk: Desk, fields: Fields) -> dict[str, Any]:
     """The tokens of a text, or the text of token ids."""
     ids = desk.prompt(fields)
     fields.end()
-    rows = [token.document() for token in desk.model.token_rows(ids)]
+    rows = [
+        {**token.document(), "label": visible(token.label)} for token in desk.model.token_rows(ids)
+    ]
     return {"tokens": rows, "text": desk.model.detokenize(ids)}
+
+
+def model(desk: Desk) -> dict[str, Any]:
+    """What a page needs to know of the model."""
+    from mia.methods.explore_parts import missing_parts
+    from mia.methods.explore_words import model_words
+
+    m = desk.model
+    return {
+        "name": visible(m.name),
+        "architecture": visible(m.architecture),
+        "n_layer": m.n_layer,
+        "n_head": m.n_head,
+        "n_head_kv": m.n_head_kv,
+        "n_embd": m.n_embd,
+        "longest": desk.longest,
+        "has_chat": _has_chat(m),
+        "has_bos": m.adds_bos,
+        "as_type": "" if m.copy is None else m.copy.type,
+        "words": model_words(m),
+        "missing": {part: safe(why) for part, why in missing_parts(m).items()},
+        "limits": {"logprobs": desk.limits.logprobs, "changes": desk.limits.changes},
+    }
+
+
+def _has_chat(model: Model) -> bool:
+    """Whether the model's template makes a prompt of a conversation."""
+    try:
+        return bool(model.chat("Hello"))
+    except MiaError:
+        return False
 
 
 def tokenize(desk: Desk, fields: Fields) -> dict[str, Any]:
@@ -107,7 +150,7 @@ def lens(desk: Desk, fields: Fields) -> dict[str, Any]:
     model = desk.model
     n_rows = len(ids if at is None else parse_tokens(at, len(ids)))
     n_layers = len(range(model.n_layer) if layers is None else parse_layers(layers, model.n_layer))
-    _check_size(desk, n_rows * n_layers * model.n_embd)
+    desk.check_size(n_rows * n_layers * model.n_embd)
     edits = desk.edits(fields, ids)
     every: Any = "0.." if at is None else at
     table = logit_lens(model, ids, "l_out", k=k, layers=layers, tokens=every, edits=edits)
@@ -130,7 +173,7 @@ def attention(desk: Desk, fields: Fields) -> dict[str, Any]:
         n_heads = model.n_head * len(
             {h.layer for h in parse_heads(heads, model.n_layer, model.n_head)}
         )
-    _check_size(desk, len(ids) ** 2 * n_heads)
+    desk.check_size(len(ids) ** 2 * n_heads)
     edits = desk.edits(fields, ids)
     report = look(
         model,
@@ -190,11 +233,3 @@ def combine(desk: Desk, fields: Fields) -> dict[str, Any]:
     desk.vectors.add(name, vector)
     norms = {str(i): round(x, 6) for i, x in vector.norms.items()}
     return {"name": name, "site": vector.site, "layers": vector.layers, "norms": norms}
-
-
-def _check_size(desk: Desk, size: int) -> None:
-    if size > 8 * desk.limits.captured:
-        raise Refused(
-            f"{size} numbers are to be read; {8 * desk.limits.captured} are the most",
-            param="prompt",
-        )

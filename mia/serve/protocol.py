@@ -12,11 +12,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class WebServer(uvicorn.Server):
-    """Ends all requests before it waits for them."""
+    """Says when it answers, and ends all requests before it waits for them."""
 
-    def __init__(self, config: uvicorn.Config, end: Callable[[], None]):
+    def __init__(
+        self, config: uvicorn.Config, *, ready: Callable[[], None], end: Callable[[], None]
+    ):
         super().__init__(config)
-        self._end = end
+        self._ready, self._end = ready, end
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        self._ready()  # from here on Ctrl-C ends it in good order
 
     async def shutdown(self, sockets: Any = None) -> None:
         ending = asyncio.ensure_future(asyncio.to_thread(self._end))

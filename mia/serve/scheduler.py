@@ -7,14 +7,16 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mia.engine import limits as engine_limits
 from mia.engine.stream import Stream, Ticket, Usage
 from mia.errors import EngineError, MiaError
 from mia.serve.fields import Refused
 from mia.serve.limits import Limits
+from mia.serve.workers import Batch, Batches, Look
 from mia.serve.writing import Choice, Written, prompt_logprobs
 
 if TYPE_CHECKING:
@@ -56,6 +58,10 @@ def _nothing() -> None:
     """Wakes the thread up."""
 
 
+def _stopping() -> Refused:
+    return Refused("the server is stopping", status=503, code="server_stopping")
+
+
 class Scheduler:
     """Owns the model. What it is asked to do waits in a line and is done between two tokens."""
 
@@ -67,33 +73,49 @@ class Scheduler:
         self.longest = self.stream.longest
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._completions: dict[Ticket, Completion] = {}
+        side_by_side = stream.get("n_requests") or engine_limits.STREAM_REQUESTS
+        self._batches = Batches(max(1, side_by_side // 2))
+        self._pool = ThreadPoolExecutor(limits.looks, thread_name_prefix="mia-look")
+        self._aside = ThreadPoolExecutor(limits.looks, thread_name_prefix="mia-aside")
+        self._looks: set[Look] = set()
         self._lock = threading.Lock()
         #: requests that are under way or wait, of all kinds
         self.pending = 0
         self.served = self.refused = self.cancelled = 0
-        self._stopping = False
+        self._stopping = self._closed = False
         self._thread = threading.Thread(target=self._work, name="mia-model", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends all requests."""
+        """Ends all requests. Waits for what looks compute at the moment."""
         self._stopping = True
         self._inbox.put(_nothing)
         if self._thread.is_alive():
             self._thread.join()
+        with self._lock:
+            looks = list(self._looks)
+        for look in looks:
+            look.leave(_stopping())
+        for pool in (self._pool, self._aside):
+            pool.shutdown(cancel_futures=True)
 
     # -- for the event loop ------------------------------------------------------------
 
     def submit(self, completion: Completion) -> None:
         """Raises `Refused` (503) if too many wait."""
         self._reserve()
-        self._inbox.put(lambda: self._begin(completion))
+        try:
+            self._post(lambda: self._begin(completion))
+        except Refused:
+            self._release()
+            raise
 
     def cancel(self, completion: Completion) -> None:
         """The client has left."""
-        self._inbox.put(lambda: self._cancel(completion))
+        with contextlib.suppress(Refused):
+            self._post(lambda: self._cancel(completion))
 
     async def call(self, function: Callable[[], T], *, always: bool = False) -> T:
         """Runs a function in the thread that has the model. Raises `Refused` (503) if too many wait,
@@ -113,17 +135,94 @@ class Scheduler:
                 if not always:
                     self._release()
 
-        self._inbox.put(run)
+        try:
+            self._post(run)
+        except Refused:
+            if not always:
+                self._release()
+            raise
         return await asyncio.wrap_future(future)
+
+    async def aside(self, function: Callable[[], T]) -> T:
+        """Runs a function that needs no more of the model than its vocabulary. Raises `Refused` (503)
+        if too many wait."""
+        self._reserve()
+        return await self._in_thread(self._aside, function)
+
+    async def look(self, function: Callable[[], T]) -> T:
+        """Runs a function in a thread beside the model's; its runs join the stream. When who waits
+        for it is cancelled, it ends. Raises `Refused` (503) if too many wait."""
+        self._reserve()
+        look = Look(self)
+        with self._lock:
+            self._looks.add(look)
+
+        def over() -> None:
+            with self._lock:
+                self._looks.discard(look)
+
+        try:
+            return await self._in_thread(self._pool, lambda: look.work(function), over)
+        finally:
+            look.leave()
+
+    async def _in_thread(
+        self,
+        pool: ThreadPoolExecutor,
+        function: Callable[[], T],
+        over: Callable[[], None] = _nothing,
+    ) -> T:
+        """What was reserved is released, and `over` called, when the function has ended, or was taken out
+        of the line before it began."""
+        # a pool's line keeps what was taken out until a thread comes to it: nothing of a client may stay
+        waiting = [function]
+
+        def ended(_: object) -> None:
+            waiting.clear()
+            over()
+            self._release()
+
+        try:
+            future = pool.submit(lambda: waiting.pop()())
+        except RuntimeError:  # the pool is shut down
+            ended(None)
+            raise _stopping() from None
+        del function
+        future.add_done_callback(ended)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if self._stopping and future.cancelled():
+                raise _stopping() from None
+            raise
+
+    # -- for looks, in their threads -----------------------------------------------------
+
+    def begin(self, batch: Batch) -> None:
+        """Some requests join the stream."""
+        self._post(lambda: self._batches.add(batch, self.stream))
+
+    def end(self, batch: Batch) -> None:
+        """Takes out what is left of them."""
+        if not batch.is_over:
+            with contextlib.suppress(Refused):
+                self._post(lambda: self._batches.end(batch, self.stream))
 
     def usage(self) -> Usage:
         return self.stream.usage()
 
     # -- for the model's thread ----------------------------------------------------------
 
+    def _post(self, task: Callable[[], None]) -> None:
+        """Has something done in the model's thread. Raises `Refused` where that has ended."""
+        with self._lock:
+            if self._closed:
+                raise _stopping()
+            self._inbox.put(task)
+
     def _check_open(self) -> None:
         if self._stopping:
-            raise Refused("the server is stopping", status=503, code="server_stopping")
+            raise _stopping()
 
     def _reserve(self) -> None:
         self._check_open()
@@ -142,23 +241,35 @@ class Scheduler:
             self.pending -= 1
 
     def _work(self) -> None:
+        for known in ("topology", "unfused_topology", "lens"):
+            with contextlib.suppress(MiaError):  # who asks for it is told why there is none
+                getattr(self.model, known)  # so that no look waits for its turn to find out
         while not self._stopping:
             try:
                 self._take_inbox()
-                if self.stream.is_busy and not self._stopping:
+                if self._stopping:
+                    break
+                self._batches.feed(self.stream)  # who left has made room
+                if self.stream.is_busy:
                     self._step()
             except Exception as err:  # of the engine itself: nobody's request can go on
                 self._start_again(err)
         self.stream.close()
         for completion in list(self._completions.values()):
-            self._over(completion, EngineError("the server is stopping"))
+            self._over(completion, _stopping())
+        with self._lock:
+            self._closed = True
         self._inbox.put(_nothing)
         self._take_inbox()  # who waits there hears of it too
+        self._batches.end_all(_stopping())
 
     def _step(self) -> None:
         for ticket in self.stream.step():
+            if self._batches.hear(ticket, self.stream):
+                continue
             if (completion := self._completions.get(ticket)) is not None:
                 self._tell(completion, ticket)
+        self._batches.feed(self.stream)
 
     def _take_inbox(self) -> None:
         """Does what waits; with nothing to decode, waits for something."""
@@ -205,6 +316,7 @@ class Scheduler:
     def _start_again(self, err: Exception) -> None:
         failed = EngineError(f"the engine failed: {err}")
         completions = list(dict.fromkeys(self._completions.values()))
+        self._batches.end_all(failed)
         self.stream.close()
         self.stream = self.model.stream(**self._options)
         for completion in completions:

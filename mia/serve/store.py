@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class Vectors:
         self._files: dict[str, Path] = {}
         self._loaded: dict[str, Vector] = {}
         self._uploaded: dict[str, Vector] = {}
+        #: of those that change what there is, from several threads
+        self._lock = threading.Lock()
         #: grows whenever a name may mean another vector
         self.version = 0
         if folder is not None:
@@ -39,12 +42,17 @@ class Vectors:
 
     @property
     def names(self) -> list[str]:
-        return sorted({*self._files, *self._uploaded})
+        return sorted({*self._files, *list(self._uploaded)})
+
+    def file_name(self, name: str) -> str:
+        """What a vector's file is called; of an uploaded one, what it may be called."""
+        file = None if name in self._uploaded else self._files.get(name)
+        return f"{name}.safetensors" if file is None else file.name
 
     def get(self, name: str) -> Vector:
         """Raises `Refused` for a name that there is not."""
-        if name in self._uploaded:
-            return self._uploaded[name]
+        if (uploaded := self._uploaded.get(name)) is not None:
+            return uploaded
         if name not in self._files:
             known = ", ".join(self.names[:20]) or "none"
             raise Refused(f"there is no vector {shown(name)}; there are: {known}", param="vector")
@@ -72,22 +80,27 @@ class Vectors:
             )
         if name in self._files:
             raise Refused(f"{name} is a file of the server; choose another name", param="name")
-        others = [v for n, v in self._uploaded.items() if n != name]
-        if len(others) >= self._limits.vectors:
-            raise Refused(
-                f"there are {len(others)} uploaded vectors, which are the most; delete one"
-            )
-        size = sum(d.nbytes for v in (*others, vector) for d in v.directions.values())
-        if size > self._limits.vector_bytes:
-            raise Refused(f"uploaded vectors may take {self._limits.vector_bytes} bytes together")
-        self._uploaded[name] = vector.renamed(name)
-        self.version += 1
+        with self._lock:
+            others = [v for n, v in self._uploaded.items() if n != name]
+            if len(others) >= self._limits.vectors:
+                raise Refused(
+                    f"there are {len(others)} uploaded vectors, which are the most; delete one"
+                )
+            size = sum(d.nbytes for v in (*others, vector) for d in v.directions.values())
+            if size > self._limits.vector_bytes:
+                raise Refused(
+                    f"uploaded vectors may take {self._limits.vector_bytes} bytes together"
+                )
+            self._uploaded[name] = vector.renamed(name)
+            self.version += 1
 
     def remove(self, name: str) -> None:
-        if name not in self._uploaded:
-            raise Refused(f"there is no uploaded vector {shown(name)}", status=404, param="name")
-        del self._uploaded[name]
-        self.version += 1
+        with self._lock:
+            if self._uploaded.pop(name, None) is None:
+                raise Refused(
+                    f"there is no uploaded vector {shown(name)}", status=404, param="name"
+                )
+            self.version += 1
 
     def parse(self, data: bytes) -> Vector:
         """The vector of a .safetensors file. Raises `Refused`."""
@@ -106,6 +119,16 @@ class Vectors:
                 v = self.get(name)
             except MiaError:
                 continue  # a file of the folder that is no vector
-            entry = {"name": name, "site": v.site, "layers": v.layers, "width": v.width}
-            rows.append({**entry, "uploaded": name in self._uploaded})
+            uploaded = name in self._uploaded
+            rows.append(
+                {
+                    "name": name,
+                    "site": v.site,
+                    "layers": v.layers,
+                    "width": v.width,
+                    "uploaded": uploaded,
+                    "file": None if uploaded else self._files[name].name,
+                    "norms": {str(i): round(x, 6) for i, x in v.norms.items()},
+                }
+            )
         return rows

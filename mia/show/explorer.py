@@ -1,8 +1,10 @@
 """The page of `explore`: one file, the numbers in it as JSON, arrays of them as base64.
 
-The page's text, style and code are `data/explore.html`, with the style of every page
-(`data/page.html`). The data are in a script element that no browser runs; the one that is run is
-named by its hash in the page's policy. The shape of the data is what `SOURCE` in it reads.
+The page is `data/explore.html` with the style of every page (`data/page.html`), and with
+`data/explorer.css` and `data/explorer.js`, which it shares with the page of `mia serve`
+(`data/live.html`, `data/live.js`). The data are in a script element that no browser runs; the one
+that is run is named by its hash in the page's policy. The shape of the data is what `embedded` in
+`explorer.js` reads.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -28,19 +30,26 @@ if TYPE_CHECKING:
     from mia.methods.explore_reports import Explored
 
 
-def explorer_page(e: Explored) -> str:
-    """The page as text."""
+def explorer_page(e: Explored, title: str | None = None) -> str:
+    """The page as text. `title`: of its window; the model's name by default."""
     # inside a script element "<" could end it
     data = json.dumps(explorer_data(e), ensure_ascii=True, separators=(",", ":"))
-    before, after = _template().split("<!--DATA-->")
-    before = before.replace("<!--TITLE-->", text(f"{e.facts.name} · explore"), 1)
+    before, after = _template("explore").split("<!--DATA-->")
+    before = before.replace("<!--TITLE-->", text(title or f"{e.facts.name} · explore"), 1)
     return before + data.replace("<", "\\u003c") + after
 
 
 def explorer_data(e: Explored) -> dict[str, Any]:
-    """What the page reads: see `SOURCE` in `data/explore.html`."""
+    """What the page reads: see `embedded` in `data/explorer.js`."""
+    return {"version": 2, "views": [_view(view) for view in e.views]}
+
+
+def _view(e: Explored) -> dict[str, Any]:
     return {
-        "version": 1,
+        "label": e.label,
+        "changes": safe(e.said.text),
+        "options": e.said.options,
+        "python": e.said.python,
         "model": {
             "name": visible(e.facts.name),
             "architecture": visible(e.facts.architecture),
@@ -49,7 +58,7 @@ def explorer_data(e: Explored) -> dict[str, Any]:
         },
         "tokens": [[t.id, visible(t.label), t.text] for t in e.tokens],
         "n_prompt": e.n_prompt,
-        "pieces": _pieces(e),
+        "pieces": pieces(e.pieces),
         "alternatives": {
             "ids": packed(e.alternatives.ids, "<u4"),
             "logprobs": packed(e.alternatives.logprobs, "<f4"),
@@ -90,14 +99,14 @@ def packed(array: npt.ArrayLike, kind: str) -> dict[str, Any]:
     return {"shape": list(a.shape), "type": kind[1:], "data": data}
 
 
-def _pieces(e: Explored) -> dict[int, list[str]]:
+def pieces(described: Mapping[int, dict[str, Any]]) -> dict[int, list[str]]:
     """The text of each token: to be shown, and as it is where that differs."""
-    pieces = {}
-    for i, entry in sorted(e.pieces.items()):
+    out = {}
+    for i, entry in sorted(described.items()):
         own: str = entry["text"]
         shown = visible(own)
-        pieces[i] = [shown] if shown == own else [shown, own]
-    return pieces
+        out[i] = [shown] if shown == own else [shown, own]
+    return out
 
 
 def _lens(e: Explored) -> dict[str, Any]:
@@ -132,20 +141,41 @@ def _shares(every: Sequence[Attribution | None]) -> dict[str, Any]:
     return {name: stack(name) for name in ("logit", "embed", "bias", "attn", "mlp", "heads")}
 
 
+def attribution_arrays(shares: Attribution) -> dict[str, Any]:
+    """The shares of one token's logit."""
+    return {
+        "logit": shares.logit,
+        "embed": shares.embed,
+        "bias": shares.bias,
+        "attn": packed(shares.attn, "<f4"),
+        "mlp": packed(shares.mlp, "<f4"),
+        "heads": packed(shares.heads, "<f4"),
+    }
+
+
 def _short(numbers: Sequence[float]) -> list[float]:
     return [round(x, 5) for x in numbers]
 
 
+def live_page() -> str:
+    """The page of a server, which asks it for all that it shows."""
+    return _template("live")
+
+
 @cache
-def _template() -> str:
-    """The template with the style of every page, and a policy that names its script by its hash."""
-    folder = files("mia") / "data"
-    template = folder.joinpath("explore.html").read_text(encoding="utf-8")
-    shared = folder.joinpath("page.html").read_text(encoding="utf-8")
-    style = re.search(r"<style>(.*?)</style>", shared, re.S)
+def _template(name: str) -> str:
+    """A page with its style and code, and a policy that names its script by its hash."""
+
+    def data(file: str) -> str:
+        return (files("mia") / "data" / file).read_text(encoding="utf-8")
+
+    style = re.search(r"<style>(.*?)</style>", data("page.html"), re.S)
+    assert style is not None
+    rules = style[1].replace("/*COLOURS*/", colour_rules(), 1) + data("explorer.css")
+    template = data(f"{name}.html").replace("/*STYLE*/", rules, 1)
+    for mark, file in (("/*EXPLORER*/", "explorer.js"), ("/*LIVE*/", "live.js")):
+        template = template.replace(mark, data(file), 1)
     script = re.search(r"<script>(.*?)</script>", template, re.S)
-    assert style is not None and script is not None
+    assert script is not None
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
-    rules = style[1].replace("/*COLOURS*/", colour_rules(), 1)
-    template = template.replace("/*STYLE*/", rules, 1)
     return template.replace("SCRIPT-HASH", f"sha256-{digest}", 1)

@@ -136,20 +136,20 @@ class Needle:
     place: float
 
 
-def needles(form: str, rng: np.random.Generator) -> Iterator[Needle]:
-    """Prompts without end: 3 to 8 sentences of the form, 0 to 30 fillers (mostly few), all in a random
-    order."""
+def needles(form: str, rng: np.random.Generator, fillers: int = 30) -> Iterator[Needle]:
+    """Prompts without end: 3 to 8 sentences of the form, none to so many fillers (mostly few), all in a
+    random order."""
     sentence, question = FORMS[form]
     while True:
-        n, n_fillers = int(rng.integers(3, 9)), int(31 * rng.random() ** 4)
+        n, n_fillers = int(rng.integers(3, 9)), int((fillers + 1) * rng.random() ** 4)
         names = rng.permutation(NAMES)[:n]
         values = rng.permutation(CITIES)[:n]
         if form != "city":
             values = np.array([str(x) for x in rng.permutation(np.arange(1000, 10000))[:n]])
         planted = [sentence.format(*pair) for pair in zip(names, values, strict=True)]
-        fillers = [f.rstrip(".") + "." for f in rng.choice(FILLERS, n_fillers)]
+        between = [f.rstrip(".") + "." for f in rng.choice(FILLERS, n_fillers)]
         order = rng.permutation(n + n_fillers)
-        text = [(planted + fillers)[i] for i in order]
+        text = [(planted + between)[i] for i in order]
         which = int(rng.integers(n))
         place = text.index(planted[which]) / (len(text) - 1)
         yield Needle(
@@ -160,11 +160,14 @@ def needles(form: str, rng: np.random.Generator) -> Iterator[Needle]:
         )
 
 
-def answered(model: Model, form: str, seed: int, n: int) -> tuple[list[Needle], int]:
+def answered(
+    model: Model, form: str, seed: int, n: int, fillers: int = 30
+) -> tuple[list[Needle], int]:
     """The first n prompts that the model answers right, and how many were tried."""
     right: list[Needle] = []
     tried = 0
-    source = needles(form, np.random.default_rng([seed, sorted(FORMS).index(form)]))
+    rng = np.random.default_rng([seed, sorted(FORMS).index(form)])
+    source = needles(form, rng, fillers)
     while len(right) < n:
         batch = [next(source) for _ in range(8)]
         requests = [Request(model.ids(b.prompt, bos=True), logits=None, n_predict=6) for b in batch]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import tempfile
 import threading
 import time
@@ -60,17 +61,49 @@ def _bodies(rng: np.random.Generator) -> list[dict[str, Any]]:
     return bodies
 
 
+def _looks(rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Looks whose numbers are known."""
+    looks: list[dict[str, Any]] = []
+    for i, name in enumerate(("lens", "attention", "attribution", "blocking")):
+        prompt = rng.integers(3, 300, 20).tolist()
+        looks.append({"part": name, "prompt": prompt, "n_prompt": 12})
+        if name != "lens":
+            looks[-1]["at"] = 17
+        if i % 2:
+            looks[-1] |= {"ablate": "1.1", "steer": {"vector": "warm", "coefficient": 0.3}}
+    return looks
+
+
+#: of each part the numbers that are compared
+_NUMBERS = {"lens": ("lens", "probs"), "attribution": ("heads",), "blocking": ("drop",)}
+
+
+def _numbers(look: dict[str, Any], document: Any) -> np.ndarray:
+    """Those of a look's answer."""
+    for name in _NUMBERS.get(look["part"], ("weights",)):
+        document = document[name]
+    data = np.frombuffer(base64.b64decode(document["data"]), "<" + document["type"])
+    largest = 65535.0 if look["part"] == "attention" else 1.0
+    return np.asarray(data / largest, np.float64)
+
+
 def _all(part: Part, options: Options, client: Client) -> None:
     rng = np.random.default_rng(options.seed)
     bodies = _bodies(rng)
     wanted = [client.choice(**body)["text"] for body in bodies]
+    looks = _looks(rng)
+    numbers = [_numbers(look, client.post("/mia/explore", **look).document) for look in looks]
     kinds: Counter[str] = Counter()
     memory: list[float] = []
     lock = threading.Lock()
 
     def one(i: int) -> None:
         own = np.random.default_rng([options.seed, i])
-        kind, fault = _request(client, i, own, bodies, wanted)
+        if i % 10 == 4:
+            k = int(own.integers(len(looks)))
+            kind, fault = _look(client, looks[k], numbers[k])
+        else:
+            kind, fault = _request(client, i, own, bodies, wanted)
         with lock:
             kinds[kind] += 1
             if fault:
@@ -104,6 +137,17 @@ def _all(part: Part, options: Options, client: Client) -> None:
     part.figures.update({kind: count(n) for kind, n in sorted(kinds.items())})
     part.figures["cells, sequences, requests in use at the end"] = "0"
     part.figures["memory after the first quarter"] = f"{growth:+.1f} MiB"
+
+
+def _look(client: Client, look: dict[str, Any], numbers: np.ndarray) -> tuple[str, str]:
+    """One look: its kind, and what is wrong with the answer."""
+    answer = client.post("/mia/explore", **look)
+    if answer.status == 503:
+        return "asked to come back", ""
+    if answer.status != 200:
+        return "looks", f"status {answer.status}: {answer.data[:200]!r}"
+    far = np.abs(_numbers(look, answer.document) - numbers).max()
+    return "looks", "" if far < 1e-3 else f"numbers of {look['part']} are {far:.2g} off"
 
 
 def _request(

@@ -172,7 +172,11 @@ class _Signals:
         if code == 0:
             return "by itself, before the signal"
         own_lines = [line for line in err.splitlines() if f"{os.sep}mia{os.sep}" in line]
-        began = [line for line in own_lines if "__main__.py" not in line]
+        first = (
+            f"{os.sep}mia{os.sep}__init__.py",
+            "__main__.py",
+        )  # before a line of mia can hear it
+        began = [line for line in own_lines if not any(name in line for name in first)]
         if "Traceback" in err and not began:
             return f"{number.name} while Python itself was starting or ending"
         if "Traceback" in err:

@@ -9,8 +9,11 @@ import pytest
 from reference import check
 from tiny import Tiny
 
+from mia.arrays import IntArray
 from mia.edits import Edit
+from mia.engine.segments import Row
 from mia.errors import UsageError
+from mia.methods.changes import Changes
 from mia.request import Capture, Request
 from mia.sites import Site
 
@@ -252,3 +255,22 @@ def test_a_key_behind_a_window_gets_no_weight(tiny: Any) -> None:
     elsewhere = Edit("attn_pattern.1", uniform.op, tokens=-1, heads=[1])
     request = Request(t.prompt(8), [elsewhere], [Capture(BOTH)])
     check(t.model.run([request])[0], request, t.oracle)
+
+
+def test_cells_are_looked_up_once_for_all_layers_and_edits(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Row] = []
+    plain = Row.path_cells
+
+    def path_cells(self: Row, group: int) -> IntArray:
+        calls.append(self)
+        return plain(self, group)
+
+    monkeypatch.setattr(Row, "path_cells", path_cells)
+    t = tiny("llama")
+    ids = t.prompt(9, 1)
+    blocks = ["2..->0", "3..->1", "4..->2,3"]
+    edits = Changes(block=blocks, ablate="1.1", ablate_attention=True).edits(t.model, ids)
+    t.model.run([Request(ids, edits, [Capture("attn_pattern")])])
+    assert 0 < len(calls) <= len(ids)

@@ -385,3 +385,11 @@ def test_what_cannot_resume_does_not(llama: Tiny) -> None:
     assert not [s for s in _segments(_roots_of(llama, forks)) if s.first_block]  # keys are read on
     clean = _segments(_roots_of(llama, [Request(prompt), Request(prompt, at_last[:1])]))
     assert [s.first_block for s in clean if s.first_block] == [2]  # a twin there is already
+
+
+def test_an_edit_is_the_same_at_all_tokens_but_where_its_value_has_rows() -> None:
+    rows = Edit("l_out-0", "add", np.ones((4, 2)), tokens=[0, 1, 2, 3])
+    job = resolve(0, Request([5] * 4, [Edit("l_out-0", "zero"), rows]), 2)
+    first, second = zip(*(job.edits_at[p] for p in range(4)), strict=True)
+    assert len({id(e) for e in first}) == 1 and first[0] == (0, job.request.edits[0], 0)
+    assert [e.value_row for e in second] == [0, 1, 2, 3]

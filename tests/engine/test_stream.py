@@ -1,5 +1,7 @@
 """Tokens as they come: `Model.run(on_token=)`, and a run that stays open, `Model.stream`."""
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,12 @@ from reference import check_same
 from tiny import Tiny
 
 from mia.edits import Edit
+from mia.engine import limits
+from mia.engine.answers import Answer
+from mia.engine.decode import Decoder
+from mia.engine.generation import Generation
 from mia.engine.stream import Stream, Ticket
+from mia.engine.tracks import Tracks
 from mia.errors import EngineError, RangeError, SiteError, UsageError
 from mia.llama import Context
 from mia.request import Capture, Request, Result, RowMetric, Sampling
@@ -93,7 +100,7 @@ class Watch:
         self.stream = stream
         self.cells: dict[Context, list[tuple[int, set[int]]]] = {}
         self.rows = 0
-        for name in ("decode", "seq_cp", "seq_rm", "clear"):
+        for name in ("decode", "seq_cp", "seq_rm", "seq_load", "clear"):
             monkeypatch.setattr(Context, name, self._spy(name, getattr(Context, name)))
 
     def _spy(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,6 +130,11 @@ class Watch:
             if pos >= start:
                 s.discard(seq)
         self.cells[context] = [c for c in self.cells.get(context, []) if c[1]]
+
+    def seq_load(self, context: Context, seq: int, data: Any) -> None:
+        assert not any(seq in s for _, s in self.cells[context])
+        end = context.lib.L.llama_memory_seq_pos_max(context.memory, seq)
+        self.cells[context] += [(pos, {seq}) for pos in range(end + 1)]
 
     def clear(self, context: Context, data: bool = False) -> None:
         self.cells[context] = []
@@ -317,6 +329,65 @@ def test_more_than_fits_waits_its_turn(case: Tiny, monkeypatch: pytest.MonkeyPat
             stream.add(Request(case.prompt(30), n_predict=12))
 
 
+saving = pytest.mark.skipif(
+    "MIA_TEST_RPC" in os.environ, reason="what lies on a device is not copied out of it"
+)
+
+
+@saving
+@pytest.mark.parametrize("flash", [True, False])
+def test_what_leaves_the_cache_is_saved(
+    flash: bool, llama: Tiny, reopen: Any, monkeypatch: pytest.MonkeyPatch, decoded: list[int]
+) -> None:
+    """Conversations of which the cache keeps a part: each finds its prefix at its next turn."""
+    t = reopen(llama, flash=flash)
+    monkeypatch.setattr(limits, "STREAM_KEPT_CELLS", 70)
+    steered = [Edit("resid_post.1", "add", t.vector(), coeff=0.5)]
+    talks = [(t.prompt(30 + i, seed=i), steered if i % 2 else []) for i in range(6)]
+    with t.model.stream(cells=800) as stream:
+        watch = Watch(monkeypatch, stream)
+
+        def turn(i: int, prompt: list[int]) -> Ticket:
+            ask = Request(prompt, talks[i][1], logits=None, n_predict=6, stop_at_eog=False)
+            ticket = stream.add(ask)
+            _run_to_end(stream, watch)
+            _same(ticket, t.model.run([ask])[0])
+            return ticket
+
+        first = [turn(i, prompt) for i, (prompt, _) in enumerate(talks)]
+        (lane,) = stream._lanes.values()
+        assert stream.usage().kept_cells <= 70 and len(lane.tracks.saved) == 5
+        for i in (1, 0, 5, 2, 4):
+            more = [*talks[i][0], *first[i].tokens, *t.prompt(5, seed=9)]
+            decoded.clear()
+            turn(i, more)
+            # the last token was chosen, not decoded; then it runs alone
+            assert decoded[0] == 1 + 5, i
+        # a part of what was saved: all of it stays for its own next turn
+        saved = max(lane.tracks.saved, key=lambda s: len(s.keys))
+        ids = [token for token, _ in saved.tokens]
+        decoded.clear()
+        other = Request([*ids[:20], 7], saved.tokens[0][1] and steered, n_predict=1)
+        ticket = stream.add(other)
+        _run_to_end(stream, watch)
+        assert decoded[0] == 1 and saved in lane.tracks.saved
+        _same(ticket, t.model.run([other])[0])
+
+
+@saving
+def test_what_is_saved_has_a_limit(
+    llama: Tiny, reopen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = reopen(llama, flash=True)
+    monkeypatch.setattr(limits, "STREAM_KEPT_CELLS", 0)
+    with t.model.stream(cells=200) as stream:
+        for i in range(8):
+            stream.add(Request(t.prompt(30, seed=i), logits=None, n_predict=2, stop_at_eog=False))
+            _run_to_end(stream, None)
+            assert stream.usage().kept_cells == 0 and stream.usage().saved <= 100
+        assert stream.usage().saved == 3 * 31
+
+
 def test_attention_patterns_have_a_lane_of_their_own(llama: Tiny, reopen: Any) -> None:
     t = reopen(llama, flash=True)
     prompt = llama.prompt(9)
@@ -439,6 +510,61 @@ def test_an_interrupt_loses_nothing(llama: Tiny, monkeypatch: pytest.MonkeyPatch
             _same(ticket, result)
 
 
+@pytest.mark.parametrize(
+    "where",
+    [
+        (Generation, "choose"),
+        (Generation, "next_row"),
+        (Answer, "put_logits"),
+        (Answer, "finish"),
+        (Tracks, "add"),
+        (Tracks, "open"),
+        (Tracks, "close"),
+        (Decoder, "logits"),
+    ],
+)
+@pytest.mark.parametrize("after", [False, True])
+def test_ctrl_c_between_a_decode_and_its_reading(
+    llama: Tiny, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str], after: bool
+) -> None:
+    """A real one, again and again: each token comes once, and nothing that was asked for is missing."""
+    requests = _eight(llama)
+    alone = [llama.model.run([r])[0] for r in requests]
+    plain, n_calls = getattr(*where), 0
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls in (2, 7, 20, 50, 90) and not after:
+            signal.raise_signal(signal.SIGINT)
+        done = plain(*args, **options)
+        if n_calls in (2, 7, 20, 50, 90) and after:
+            signal.raise_signal(signal.SIGINT)
+        return done
+
+    told: dict[Ticket, int] = {}
+    with llama.model.stream(n_requests=3) as stream:
+        tickets = [stream.add(r) for r in requests]
+        n_interrupts = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(*where, interrupted)
+            while stream.is_busy:
+                try:
+                    for ticket in stream.step():
+                        told[ticket] = len(ticket.tokens)
+                except KeyboardInterrupt:
+                    n_interrupts += 1
+        assert n_interrupts
+        for ticket in stream._changed:  # of an interrupted last step
+            told[ticket] = len(ticket.tokens)
+        for lane in stream._lanes.values():
+            for ticket in lane._changed:
+                told[ticket] = len(ticket.tokens)
+        for ticket, result in zip(tickets, alone, strict=True):
+            _same(ticket, result)
+            assert told[ticket] == len(result.tokens)
+
+
 def test_a_recurrent_memory_runs_one_at_a_time(tiny: Callable[[str], Tiny]) -> None:
     t = tiny("mamba")
     requests = [Request(t.prompt(4 + i, seed=i), n_predict=4, stop_at_eog=False) for i in range(3)]
@@ -546,3 +672,24 @@ def test_text_comes_in_whole_characters(case: Tiny) -> None:
             == case.model.generate(case.prompt(5), 24, sampling=hot).text
         )
         assert all(parts) and (len(parts) > 3 or len(written.tokens) < 6)
+
+
+@pytest.mark.parametrize("in_one_lane", [True, False])
+def test_long_prompts_come_in_parts_while_others_generate(
+    llama: Tiny, decoded: list[int], in_one_lane: bool
+) -> None:
+    """Also in the lane of requests that read attention patterns, where there are two."""
+    captures = () if in_one_lane else [Capture("attn_pattern.1", [-1])]
+    long = Request(llama.prompt(200), captures=captures, logits=None)
+    with llama.model.stream() as stream:
+        first = stream.add(Request(llama.prompt(5), n_predict=30, stop_at_eog=False))
+        stream.step()
+        decoded.clear()
+        second = stream.add(long)
+        _run_to_end(stream)
+        assert max(decoded) == limits.STREAM_ROWS and len(first.tokens) == 30
+        _same(second, llama.model.run([long])[0])
+        decoded.clear()
+        stream.add(Request(llama.prompt(200, seed=5), logits=None))
+        _run_to_end(stream)
+        assert decoded == [200]  # nobody waits

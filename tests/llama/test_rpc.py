@@ -36,6 +36,15 @@ from mia.sites import Site
 needs_rpc = pytest.mark.skipif(not rpc.supported(), reason=rpc.NO_RPC)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forgotten_afterwards() -> Iterator[None]:
+    """No child of a process that used a device may use llama.cpp, and other files' tests fork."""
+    lib = library()
+    before = lib._on_device
+    yield
+    lib._on_device = before
+
+
 # -- names and greetings, which need no RPC in the build ------------------------------------------
 
 

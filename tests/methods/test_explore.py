@@ -9,16 +9,22 @@ import numpy as np
 import pytest
 from tiny import Tiny
 
+from mia.edits import Edit
 from mia.errors import UsageError
 from mia.lenses.followed import follow
 from mia.methods import explore as module
 from mia.methods.attention import attention_maps
 from mia.methods.attribution import attribute_logit
+from mia.methods.changes import Changes
 from mia.methods.explore import explore
+from mia.methods.explore_changes import said_of
+from mia.methods.explore_parts import N_NUDGES
 from mia.methods.explore_reports import Explored
 from mia.methods.sweep import sweep
 from mia.model import Model
+from mia.ranges import Head
 from mia.request import Sampling
+from mia.show.explorer import explorer_data
 from mia.sweeps.experiments import Blocking
 
 N_PROMPT, N = 8, 6
@@ -177,10 +183,24 @@ def test_branches_are_what_the_model_would_write(case: Tiny) -> None:
     for branch in report.branches:
         assert branch.token in report.alternatives.ids[branch.at - 1]
         assert branch.token != ids[branch.at]
-        n = N_PROMPT + N - branch.at - 1
+        n = 0 if case.model.ends_turn(branch.token) else N_PROMPT + N - branch.at - 1
         own = case.model.generate([*ids[: branch.at], branch.token], n)
         assert branch.tokens == own.tokens
         assert np.abs(np.subtract(branch.logprobs, own.logprobs)).max(initial=0) < TOLERANCE
+
+
+def test_nothing_follows_the_end_of_a_turn(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = _explored(llama)
+    branch = next(b for b in report.branches if len(b.tokens) > 1)
+    ends = llama.model.ends_turn
+    monkeypatch.setattr(llama.model, "ends_turn", lambda t: t == branch.token or ends(t))
+    again = _explored(llama, sampling=Sampling())
+    ended = next(b for b in again.branches if (b.at, b.token) == (branch.at, branch.token))
+    assert ended.tokens == [] and ended.logprobs == []
+    others = [b for b in again.branches if b.token != branch.token]
+    assert [b.tokens for b in others] == [
+        b.tokens for b in report.branches if b.token != branch.token
+    ]
 
 
 def test_all_that_changes_is_one_run(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +213,7 @@ def test_all_that_changes_is_one_run(llama: Tiny, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(llama.model, "run", counted)
     _explored(llama, sampling=Sampling())
-    blocks = 1 + module.N_NUDGES + N_PROMPT + N - 2
+    blocks = 1 + N_NUDGES + N_PROMPT + N - 2
     assert sizes == [1, 3, 2 * N + blocks]
 
 
@@ -293,3 +313,139 @@ def test_smollm2(smollm2: Model) -> None:
     assert np.nanmax(drop) > 5 * floor and int(np.nanargmax(drop)) in range(place, place + 3)
     # 16 bits for each weight, 4/3 of it as base64: 60 tokens are below 6 MB by far
     assert len(report.page()) < 6e6 * n * (n + 1) / (60 * 61) + 2e5
+
+
+# -- with changes ------------------------------------------------------------------------
+
+CHANGES = Changes(ablate="1.1,2.*", block=["3..->1", "5->0"])
+
+
+def test_the_changed_text_stands_beside_the_unchanged_one(llama: Tiny) -> None:
+    m, prompt = llama.model, llama.prompt(N_PROMPT)
+    report = _explored(llama, changes=CHANGES)
+    assert report.changed is not None and report.views == [report, report.changed]
+    assert [v.label for v in report.views] == ["unchanged", "changed"]
+    plain = _explored(llama)
+    assert _ids(report) == _ids(plain) and report.said.text == ""
+    for name in ("ids", "probs"):
+        a, b = (getattr(x.lens, name) for x in (report, plain))
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    edits = CHANGES.edits(m, prompt)
+    ids = _ids(report.changed)
+    assert ids[N_PROMPT:] == m.generate(prompt, N, edits=edits).tokens != _ids(plain)[N_PROMPT:]
+    alone = _explored(llama, changes=CHANGES, baseline=False)
+    assert alone.changed is None and alone.label == "changed" and _ids(alone) == ids
+    given = _explored(llama, changes=CHANGES, written=[_ids(plain)[N_PROMPT:], ids[N_PROMPT:]])
+    assert given.changed is not None and [*map(_ids, given.views)] == [*map(_ids, report.views)]
+
+
+def test_a_changed_text_is_read_with_its_changes(llama: Tiny) -> None:
+    """As the oracle computes it with the same edits at the prompt's tokens and the generated ones."""
+    m, o, prompt = llama.model, llama.oracle, llama.prompt(N_PROMPT)
+    edit = Edit("l_out-1", "add", 3 * llama.vector(), tokens=[2, 5], generated=True)
+    report = explore(m, prompt, n_predict=N, k=4, branches=2, edits=edit, baseline=False)
+    ids = _ids(report)
+    n = len(ids)
+    rows = [2, 5, *range(N_PROMPT, n)]
+
+    def added(h: np.ndarray) -> np.ndarray:
+        h = h.copy()
+        h[rows[: sum(r < len(h) for r in rows)]] += edit._value
+        return h
+
+    sites = o.run(ids, {"resid_post.1": added})
+    logprobs = _logprobs(sites["logits"])
+    own = [logprobs[i, t] for i, t in enumerate(ids[1:])]
+    np.testing.assert_allclose(report.alternatives.own[:-1], own, atol=TOLERANCE)
+    truth = o.lens(sites["resid_post.1"])
+    assert np.array_equal(report.lens.ids[1], np.argsort(-truth, axis=1, kind="stable")[:, :4])
+    assert report.attention is not None and report.attribution is not None
+    patterns = sites["attn_pattern.2"].swapaxes(0, 1)
+    shape = report.attention.weights[2].shape
+    assert np.abs(report.attention.weights[2] - patterns.reshape(shape)).max() < 1e-4
+    for branch in report.branches[:4]:
+        text = [*ids[: branch.at], branch.token]
+        left = 0 if m.ends_turn(branch.token) else N_PROMPT + N - branch.at - 1
+        cut = edit.on_text(N_PROMPT, len(text))
+        assert branch.tokens == m.generate(text, left, edits=cut).tokens
+    assert report.blocking is not None
+
+    def hidden(scores: np.ndarray) -> np.ndarray:
+        scores = scores.copy()
+        scores[4:, :, 3] = -np.inf
+        return scores
+
+    edits = {f"attn_scores.{i}": hidden for i in range(o.n_layer)} | {"resid_post.1": added}
+    drops = logprobs - _logprobs(o.run(ids, edits)["logits"])
+    for t in (6, n - 1):
+        assert abs(report.blocking.drop[t, 3] - drops[t - 1, ids[t]]) < 1e-3
+    assert report.said.text == "1 edit" and report.said.options is None
+
+
+def test_changes_are_said(llama: Tiny) -> None:
+    m, prompt = llama.model, llama.prompt(N_PROMPT)
+    changes = Changes(
+        ablate=[Head(1, 1), "2.*"],
+        block=["-2..->0,1,2@1", "1,5..->0"],
+        steer=["a.gguf"],
+        steer_coeff=2,
+        steer_layers=[1, 2],
+    )
+    said = said_of(changes, m, prompt)
+    assert said.options == [
+        (0, ["--ablate", "1.1,2.*"]),
+        (7, ["--block", "6..->0..2@1"]),
+        (6, ["--block", "1,5..->0"]),
+        (0, ["--steer=a.gguf"]),
+        (0, ["--steer-coeff", "2"]),
+        (0, ["--steer-layers", "1,2"]),
+    ]
+    python = (
+        "Changes(ablate='1.1,2.*', block=['6..->0..2@1', '1,5..->0'], steer=['a.gguf'], "
+        "steer_coeff=2, steer_layers=[1, 2])"
+    )
+    assert said.python == python
+    assert said.text.startswith("heads 1.1,2.* ablated; attention 6..->0..2@1 blocked; ")
+    assert said.text.endswith("steered by a.gguf × 2 at layers 1,2")
+    both = Changes(ablate="1.1,2.*", block=["-2..->0,1,2@1", "1,5..->0"])
+    same = Changes(ablate="1.1,2.*", block=["6..->0..2@1", "1,5..->0"])
+    a, b = (m.generate(prompt, 6, edits=c.edits(m, prompt)).tokens for c in (both, same))
+    assert a == b
+    patched = Changes(patch=[("l_out-1", "x.safetensors", "-1", "-1,2")])
+    assert said_of(patched, m, prompt).options == [
+        (8, ["--patch", "l_out-1", "x.safetensors", "-1", "7,2"])
+    ]
+    assert said_of(None, m, prompt).options is None
+
+
+def test_a_report_of_two_texts(llama: Tiny) -> None:
+    report = _explored(llama, changes=CHANGES)
+    assert report.changed is not None
+    document = report.document()
+    assert json.loads(json.dumps(document)) == document
+    assert document["changed"]["changes"] == report.changed.said.text
+    assert document["changed"]["tokens"][-1]["id"] == _ids(report.changed)[-1]
+    lines = report.plain().splitlines()
+    assert lines[0] == "unchanged:" and lines[N + 1] == "changed:" and len(lines) == 2 * N + 2
+    assert [row["view"] for row in report.rows()[:: 4 * (N_PROMPT + N - 1)]] == [
+        "unchanged",
+        "changed",
+    ]
+    views = explorer_data(report)["views"]
+    assert [v["label"] for v in views] == ["unchanged", "changed"]
+    assert [v["python"] for v in views] == ["", report.changed.said.python]
+    assert views[1]["options"] == list(report.changed.said.options or ())
+
+
+def test_given_texts_are_as_many_as_there_are(llama: Tiny) -> None:
+    cases: list[list[list[int]]] = [[[5], [6]], [[]], []]
+    for written in cases:
+        with pytest.raises(UsageError, match="written has the tokens of 1 texts"):
+            _explored(llama, written=written)
+
+
+def test_changes_of_the_residual_are_why_parts_do_not_add_up(llama: Tiny) -> None:
+    wide = np.ones(llama.model.n_embd, np.float32)
+    report = explore(llama.model, llama.prompt(5), n_predict=2, edits=Edit("l_out-1", "add", wide))
+    assert report.changed is not None and "attribution" not in report.missing
+    assert "the changes write into the residual" in report.changed.missing["attribution"]

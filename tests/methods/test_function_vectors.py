@@ -145,8 +145,8 @@ def test_a_saved_vector_is_added_as_its_file_says_or_otherwise(llama: Tiny, tmp_
 
 @pytest.mark.slow
 def test_a_vector_helps_on_smollm2(smollm2: Model) -> None:
-    ex = experiment(smollm2, "present_past", TaskSetup(n_test=24, n_dev=12))
-    how = fv.FunctionVectorTraining(prompts=8, effect_prompts=1, n_heads=[40], layers=range(8, 20))
+    ex = experiment(smollm2, "present_past", TaskSetup(n_test=16, n_dev=8))
+    how = fv.FunctionVectorTraining(prompts=5, effect_prompts=1, n_heads=[40], layers=range(8, 20))
     scores = fv.evaluate(ex, fv.train(ex, how))
     assert scores.zero_shot_vector.value > scores.zero_shot.value
 

@@ -9,6 +9,9 @@ import mia.methods
 #: what methods are made of
 PARTS = {
     "ab_prompts",
+    "explore_changes",
+    "explore_parts",
+    "explore_text",
     "explore_words",
     "optimisers",
     "rerun",

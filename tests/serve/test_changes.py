@@ -136,6 +136,9 @@ def test_looks_are_the_library_s(client: Client, model: Model) -> None:
 def test_vectors(client: Client, model: Model, folder: Any) -> None:
     listed = client.get("/mia/vectors").document["vectors"]
     assert [v["name"] for v in listed] == ["cold", "warm"]
+    assert [v["file"] for v in listed] == ["cold.safetensors", "warm.safetensors"]
+    norms = load(folder / "warm.safetensors").norms
+    assert listed[1]["norms"] == {str(i): pytest.approx(x, abs=1e-6) for i, x in norms.items()}
     sum_ = client.post("/mia/vectors", name="both", expression="warm + cold").document
     assert sum_["layers"] == [1, 2]
     want = load(folder / "warm.safetensors") + load(folder / "cold.safetensors")
@@ -152,6 +155,8 @@ def test_vectors(client: Client, model: Model, folder: Any) -> None:
     assert again["name"] == "mine"
     edit = Edit("l_out-1", "add", 3 * np.ones(model.n_embd))
     assert _asked(client, steer="mine") == _text(model, [edit])  # nothing old is remembered
+    uploaded = client.get("/mia/vectors").document["vectors"]
+    assert {v["name"]: v["file"] for v in uploaded if v["uploaded"]} == {"both": None, "mine": None}
     for name in ("mine", "both"):
         assert client.ask("DELETE", f"/mia/vectors/{name}").status == 200
     assert client.ask("DELETE", "/mia/vectors/warm").status == 404
@@ -210,3 +215,30 @@ def test_another_prompt_is_read_once_for_a_request(
     body = {"prompt": [[5, 6], [7, 8]], "patch": [patch, {**patch, "mode": "add"}], "n": 2}
     assert client.post("/v1/completions", **body, max_tokens=1).status == 200
     assert len(looks) == 1
+
+
+def test_changes_of_all_prompts_have_a_limit(model: Model, folder: Any) -> None:
+    n = model.n_embd
+    with serving(model, vectors=folder, limits=Limits(edited=5 * n)) as client:
+        patch = {"site": "l_out-1", "values": [1.0] * n, "to": 0}
+        steer = {"vector": "warm", "tokens": "0", "layers": "1"}
+        for body in ({"patch": patch}, {"patch": [patch] * 2}, {"steer": steer}, {"steer": "warm"}):
+            for prompts, ok in (([[5, 6]] * 2, True), ([[5, i] for i in range(3, 9)], False)):
+                answer = client.post("/v1/completions", prompt=prompts, max_tokens=1, **body)
+                if ok or body == {"steer": "warm"}:  # the same edits for all prompts
+                    assert answer.status == 200, answer.data
+                else:
+                    assert answer.status == 400 and f"{5 * n} are the most" in answer.error
+        taken = {"site": "l_out-1", "prompt": [5, 6, 7]}
+        assert client.post("/v1/completions", prompt=[5], patch=taken, max_tokens=1).status == 200
+        two = [taken, {"site": "l_out-1", "prompt": [5, 6, 8]}]
+        answer = client.post("/v1/completions", prompt=[5], patch=two, max_tokens=1)
+        assert answer.status == 400 and f"patches take {6 * n} numbers" in answer.error
+        text = {"site": "l_out-1", "prompt": "a" * 2_000_000}
+        answer = client.post("/v1/completions", prompt=[5], patch=text, max_tokens=1)
+        assert answer.status == 400 and "prompt is too long" in answer.error
+        heads = {"ablate": {"heads": "1.*,2.0", "with": "resample"}}
+        for prompt, status in (([5, 6], 200), ([5, 6, 7], 400)):
+            answer = client.post("/v1/completions", prompt=prompt, **heads, max_tokens=1)
+            assert answer.status == status
+        assert f"heads take {6 * n} numbers of this prompt" in answer.error

@@ -199,9 +199,15 @@ def test_a_key(model: Model) -> None:
         ):
             answer = client.get("/v1/models", Authorization=given)
             assert answer.status == 401 and answer.headers["www-authenticate"] == "Bearer"
+            assert client.get("/health", Authorization=given).document == {"status": "ok"}
+        assert "cells" in client.health()
         client.key = None
-        assert client.get("/v1/models").status == 401
-        assert client.get("/health").status == 200
+        for path in ("/v1/models", "/mia/model", "/mia/vectors"):
+            assert client.get(path).status == 401
+        assert client.get("/health").document == {"status": "ok"}
+        page = client.get("/")
+        assert page.status == 200 and b"served" not in page.data
+        assert client.get("/", Host="evil.example").status == 403
 
 
 def test_bodies_have_an_end(model: Model) -> None:
@@ -212,6 +218,24 @@ def test_bodies_have_an_end(model: Model) -> None:
         answer = client.ask("POST", "/v1/completions", b"{", **{"Content-Length": "50"})
         assert answer.status == 408
         _until_idle(client)
+
+
+def test_all_bodies_together_have_a_limit(model: Model) -> None:
+    limits = Limits(bodies=1000, body_seconds=20)
+    begun = hostile.head("/v1/completions", 900, "localhost") + b" " * 600
+    with serving(model, limits=limits) as client:
+        body = {"prompt": "a" * 300, "max_tokens": 1}
+        assert client.post("/v1/completions", **body).status == 200
+        with socket.create_connection(("127.0.0.1", client.port)) as s:
+            s.sendall(begun)
+            time.sleep(0.1)
+            answer = client.post("/v1/completions", prompt="a" * 600, max_tokens=1)
+            assert answer.status == 503 and answer.headers["retry-after"] == "1"
+            assert "too large together" in answer.error
+            assert client.post("/v1/completions", **body).status == 200
+        time.sleep(0.1)
+        answer = client.post("/v1/completions", prompt="a" * 600, max_tokens=1)
+        assert answer.status == 200  # what that client held is free
 
 
 @pytest.mark.parametrize(
@@ -294,7 +318,7 @@ def test_the_end_of_the_server_ends_what_is_under_way(model: Model) -> None:
                 break
             time.sleep(0.01)
         client.server.scheduler.stop()
-        assert whole.result(10).status == 500 and "stopping" in whole.result().error
+        assert whole.result(10).status == 503 and "stopping" in whole.result().error
         assert b"the server is stopping" in streamed.result(10).data
         late = pool.submit(client.post, "/v1/completions", prompt="a")
         assert late.result(10).status == 503
@@ -303,9 +327,9 @@ def test_the_end_of_the_server_ends_what_is_under_way(model: Model) -> None:
 
 def test_ctrl_c_shows_no_traceback(model: Model) -> None:
     code = (
-        "import sys; from mia import Model; from mia.serve import serve; "
+        "import asyncio, sys; from mia import Model; from mia.serve import serve; "
         "serve(Model(sys.argv[1], threads=1, ctx=2048), port=0, "
-        "ready=lambda url: print(url, flush=True))"
+        "ready=lambda url: asyncio.get_running_loop() and print(url, flush=True))"
     )
     command = [sys.executable, "-c", code, str(model.path)]
     with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as process:

@@ -11,6 +11,7 @@ from mia.model import Model
 from mia.request import Request
 from mia.serve.changes import Reads
 from mia.serve.writing import Choice, Written
+from mia.show.text import visible
 
 PROMPT = "The cat sat on"
 CHAT = "/v1/chat/completions"
@@ -274,3 +275,54 @@ def test_offsets_are_places_in_the_text(client: Client, model: Model) -> None:
     events = client.post("/v1/completions", **body, temperature=0, stream=True).events
     parts = [e["choices"][0]["logprobs"] for e in events]
     assert [x for part in parts if part for x in part["text_offset"]] == offsets
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+def test_token_ids_and_labels(client: Client, model: Model, path: str) -> None:
+    body: dict[str, Any] = {"max_tokens": 9, "temperature": 1.5, "seed": 4, "n": 2}
+    body |= {"return_token_ids": True, "return_labels": True}
+    if path == CHAT:
+        body["messages"] = [{"role": "user", "content": PROMPT}]
+        ids = model.ids(model.chat(body["messages"]))
+    else:
+        body["prompt"], ids = PROMPT, model.ids(PROMPT)
+    whole = client.post(path, **body).document["choices"]
+    events = client.post(path, **body, stream=True).events
+    assert whole[0]["token_ids"] != whole[1]["token_ids"]
+    for choice in whole:
+        own = [e["choices"][0] for e in events if e["choices"][0]["index"] == choice["index"]]
+        assert choice["prompt_token_ids"] == own[0]["prompt_token_ids"] == ids
+        assert not any("prompt_token_ids" in e for e in own[1:])
+        assert [t for e in own for t in e["token_ids"]] == choice["token_ids"]
+        assert len(choice["token_ids"]) == 9 or choice["finish_reason"] == "stop"
+        rows = model.token_rows([*ids, *choice["token_ids"]])
+        labels = [[t.id, visible(t.label), t.text] for t in rows]
+        assert choice["prompt_labels"] == own[0]["prompt_labels"] == labels[: len(ids)]
+        assert choice["labels"] == labels[len(ids) :]
+        assert [t for e in own for t in e["labels"]] == choice["labels"]
+    plain = client.choice(path, **{k: v for k, v in body.items() if not k.startswith("return")})
+    assert not {"token_ids", "labels", "prompt_token_ids"} & plain.keys()
+
+
+def test_the_model_and_its_tokens(client: Client, model: Model) -> None:
+    told = client.get("/mia/model").document
+    want = {name: getattr(model, name) for name in ("n_layer", "n_head", "n_head_kv", "n_embd")}
+    assert want.items() <= told.items() and told["words"] == model.path.name
+    assert told["name"] == "served" and told["architecture"] == "llama" and told["has_chat"]
+    assert told["missing"] == {} and told["limits"] == {"logprobs": 20, "changes": 64}
+    assert told["longest"] == 2048 and told["as_type"] == "" and told["has_bos"] == model.adds_bos
+    rows = client.post("/mia/tokens", prompt=PROMPT).document["tokens"]
+    want_rows = model.token_rows(model.ids(PROMPT))
+    assert [(r["id"], r["label"], r["text"]) for r in rows] == [
+        (t.id, visible(t.label), t.text) for t in want_rows
+    ]
+    chat = [{"role": "user", "content": PROMPT}]
+    rows = client.post("/mia/tokens", messages=chat).document["tokens"]
+    assert [r["id"] for r in rows] == model.ids(model.chat(chat))
+
+
+def test_what_a_model_lacks_is_said(tiny: Any) -> None:
+    with serving(tiny("mamba").model) as other:
+        told = other.get("/mia/model").document
+        assert told["missing"].keys() == {"attention", "attribution", "blocking"}
+        assert "no softmax attention" in told["missing"]["blocking"] and not told["has_chat"]

@@ -61,12 +61,12 @@ def _opened(chrome: Page, file: Path, hash: str = "") -> Page:
     chrome.errors.clear()
     chrome.requests.clear()
     chrome.open(f"file://{file}{hash}")
-    assert chrome.value("draw()") is not None or not chrome.errors
+    assert chrome.value("explorer.draw()") is not None or not chrome.errors
     return chrome
 
 
 def _settled(page: Page) -> None:
-    page.value("draw()")
+    page.value("explorer.draw()")
 
 
 def _key(page: Page, key: str) -> None:
@@ -96,34 +96,34 @@ def test_the_numbers_are_those_of_the_report(page: Page, report: Explored) -> No
     assert report.attention is not None and report.attribution is not None
     assert report.blocking is not None
     n, t = len(report.tokens), report.n_prompt + 1
-    after = page.value(f"SOURCE.alternatives({t})")
+    after = page.value(f"explorer.source.alternatives({t})")
     assert [a["id"] for a in after["top"]] == report.alternatives.ids[t - 1].tolist()
     own = report.alternatives.own[t - 1], int(report.alternatives.ranks[t - 1])
     assert (after["own"]["logprob"], after["own"]["rank"]) == pytest.approx(own, abs=1e-6)
     for layer in range(report.facts.n_layer):
-        cell = page.value(f"SOURCE.lens({layer}, {t})")
+        cell = page.value(f"explorer.source.lens({layer}, {t})")
         assert [c["id"] for c in cell] == report.lens.ids[layer, t].tolist()
         assert [c["prob"] for c in cell] == pytest.approx(report.lens.probs[layer, t].tolist())
-        row = page.value(f"SOURCE.attention({layer}, 1, {t})")
+        row = page.value(f"explorer.source.attention({layer}, 1, {t})")
         assert row == pytest.approx(report.attention[layer, 1][t, : t + 1].tolist(), abs=1e-4)
     for i in (0, n - 1):
         m = len(report.lens.followed[i]) - 1
         token = int(report.lens.followed[i][m])
-        steps = page.value(f"SOURCE.follow({i}, {token})")
+        steps = page.value(f"explorer.source.follow({i}, {token})")
         assert [s["rank"] for s in steps] == report.lens.ranks[i][:, m].tolist()
         logprobs = report.lens.logprobs[i][:, m].tolist()
         assert [s["logprob"] for s in steps] == pytest.approx(logprobs)
-    assert page.value("SOURCE.follow(0, 1e9)") is None
-    looks = np.array(page.value(f"SOURCE.looks({t}, 2)"))
+    assert page.value("explorer.source.follow(0, 1e9)") is None
+    looks = np.array(page.value(f"explorer.source.looks({t}, 2)"))
     assert np.abs(looks - report.attention.weights[:, :, t, 2]).max() < 1e-4
-    shares, found = report.attribution[t - 1], page.value(f"SOURCE.attribution({t})")
+    shares, found = report.attribution[t - 1], page.value(f"explorer.source.attribution({t})")
     assert shares is not None
     for name in ("logit", "embed", "attn", "mlp", "heads"):
         assert np.abs(np.subtract(found[name], getattr(shares, name))).max() < 1e-5
-    dropped = page.value(f"SOURCE.blocking({t}).then(b => b.drop.slice(0, {t - 1}))")
+    dropped = page.value(f"explorer.source.blocking({t}).then(b => b.drop.slice(0, {t - 1}))")
     assert dropped == pytest.approx(report.blocking.drop[t, : t - 1].tolist(), abs=1e-6)
     for b in report.branches:
-        branch = page.value(f"SOURCE.branch({b.at}, {b.token})")
+        branch = page.value(f"explorer.source.branch({b.at}, {b.token})")
         assert branch["tokens"] == b.tokens
 
 
@@ -154,13 +154,13 @@ def test_a_cell_is_pinned_and_a_token_followed(page: Page, report: Explored) -> 
     for key in ("Home", "ArrowDown", "ArrowRight", "ArrowRight", "Enter"):
         _key(page, key)
     layer = n_layer - 2
-    assert page.value("state.cell") == [layer, 2]
+    assert page.value("explorer.state.cell") == [layer, 2]
     said = _text(page, "#cell")
     label = report.pieces[int(report.lens.ids[layer, 2, 0])]["text"]
     assert said.startswith(f"Layer {layer} after token 2") and label.strip() in said
     other = int(report.lens.ids[layer, 2, 2])
     _click(page, f'#follow button[data-id="{other}"]')
-    assert page.value("state.follow") == other
+    assert page.value("explorer.state.follow") == other
     m = report.lens.followed[2].tolist().index(other)
     rows = page.value(
         "[...document.querySelectorAll('#follow tbody tr')].map(r => +r.cells[2].textContent)"
@@ -186,17 +186,17 @@ def test_the_text_branches_at_an_alternative(page: Page, report: Explored) -> No
 def test_heads_and_keys_are_chosen(page: Page, report: Explored) -> None:
     assert report.attention is not None
     n_layer, t = report.facts.n_layer, report.n_prompt
-    page.value("lookTable.cells[1][2].click()")
+    page.value("explorer.lookTable.cells[1][2].click()")
     _settled(page)
     layer = n_layer - 2
-    assert page.value("[state.layer, state.head]") == [layer, 2]
+    assert page.value("[explorer.state.layer, explorer.state.head]") == [layer, 2]
     best = int(report.attention[layer, 2][t].argmax())
     weight = report.attention[layer, 2][t, best]
     assert f": {weight:.3f} at token {best} " in _text(page, "#looks")
-    page.value("lookStrip.buttons[3].click()")
+    page.value("explorer.lookStrip.buttons[3].click()")
     _settled(page)
     assert "at token 3" in _text(page, "#overview-title")
-    label = page.value("lookTable.cells[1][2].getAttribute('aria-label')")
+    label = page.value("explorer.lookTable.cells[1][2].getAttribute('aria-label')")
     assert label.startswith(f"layer {layer}, head 2: {report.attention[layer, 2][t, 3]:.4f}")
     page.value("document.querySelector('input[value=before]').click()")
     _settled(page)
@@ -207,7 +207,7 @@ def test_an_address_restores_what_was_chosen(chrome: Page, file: Path, report: E
     branch = report.branches[-1]
     hash = f"#token={branch.at}&layer=1&head=2&key=3&cell=2.4&branch={branch.token}&query=before"
     page = _opened(chrome, file, hash)
-    state = page.value("state")
+    state = page.value("explorer.state")
     assert state == {
         "token": branch.at,
         "layer": 1,
@@ -222,7 +222,7 @@ def test_an_address_restores_what_was_chosen(chrome: Page, file: Path, report: E
     assert _text(page, "#else .branch mark") != ""
     assert page.value("document.querySelector('#link').getAttribute('href') === hash()")
     again = page.value("hash()")
-    assert _opened(chrome, file, again).value("state") == state
+    assert _opened(chrome, file, again).value("explorer.state") == state
 
 
 @pytest.mark.parametrize("hash", ["#token=99&layer=x&head=-1&cell=1", "#%%%", "#follow=7&branch=1"])
@@ -231,7 +231,7 @@ def test_a_wrong_address_does_no_harm(
 ) -> None:
     page = _opened(chrome, file, hash)
     assert page.errors == []
-    assert page.value("state.token") == report.n_prompt
+    assert page.value("explorer.state.token") == report.n_prompt
 
 
 def test_what_is_hidden_within_the_noise_is_grey(
@@ -246,7 +246,9 @@ def test_what_is_hidden_within_the_noise_is_grey(
         replace(report, blocking=replace(report.blocking, drop=drop, floor=floor)).page(),
     )
     page = _opened(chrome, tmp_path / "page.html")
-    quiet = page.value("blockStrip.buttons.slice(0, 3).map(b => b.classList.contains('z'))")
+    quiet = page.value(
+        "explorer.blockStrip.buttons.slice(0, 3).map(b => b.classList.contains('z'))"
+    )
     assert quiet == [False, True, True]
     assert "±0.0050" in _text(page, "#blocked-legend")
 
@@ -296,18 +298,25 @@ def _data(file: Path) -> dict[str, Any]:
     """What a page has in it."""
     found = re.search(r'id="data">(.*?)</script>', file.read_text(), re.S)
     assert found is not None
-    data: dict[str, Any] = json.loads(found[1])
+    (data,) = json.loads(found[1])["views"]
+    assert isinstance(data, dict)
     return data
 
 
-def test_a_prompt_that_looks_like_an_option(
-    chrome: Page, tiny: Callable[[str], Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("prompt", ["-n 5", "The 😀 sat, “é”"])
+def test_a_prompt_is_given_to_the_command_as_it_is(
+    chrome: Page,
+    tiny: Callable[[str], Tiny],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prompt: str,
 ) -> None:
+    """One that looks like an option, and one with letters whose bytes are tokens of their own."""
     m = tiny("llama").model
-    ids = m.ids("-n 5", bos=True)
+    ids = m.ids(prompt, bos=True)
     explore(m, ids, n_predict=2, k=2, branches=0).save(tmp_path / "page.html")
     page = _opened(chrome, tmp_path / "page.html")
-    _, *command = shlex.split(page.value(f'command("tokens", {len(ids)})'))
+    _, *command = shlex.split(page.value(f'explorer.command("tokens", {len(ids)})'))
     monkeypatch.chdir(m.path.parent)
     tokens = json.loads(run(*command, "--json").stdout)["tokens"]
     assert [t["id"] for t in tokens] == ids
@@ -320,15 +329,15 @@ def test_the_commands_and_the_python_compute_what_is_shown(
     assert report.attribution is not None and report.attention is not None
     monkeypatch.chdir(report.facts.path.parent)
     words = page.value(
-        "TOKENS.map((_, t) => W.prompts[t] && t > 1 && W.prompts[t - 1] && W.answers.includes(TOKENS[t].id))"
+        "(W => explorer.tokens.map(({id}, t) => W.prompts[t] && t > 1 && W.prompts[t - 1] && W.answers.includes(id)))(explorer.source.words)"
     )
     t = max(i for i, told in enumerate(words) if told)
-    page.value(f"set({{token: {t}, layer: 1, head: 2, cell: [1, {t - 1}]}})")
+    page.value(f"explorer.set({{token: {t}, layer: 1, head: 2, cell: [1, {t - 1}]}})")
     other = page.value(
-        f"SOURCE.alternatives({t}).then(a => a.top[W.alternatives[{t - 1}].lastIndexOf(true)].id)"
+        f"explorer.source.alternatives({t}).then(a => a.top[explorer.source.words.alternatives[{t - 1}].lastIndexOf(true)].id)"
     )
-    page.value(f"set({{branch: {other}}})")
-    lines = {c["title"]: c for c in page.value("commands()")}
+    page.value(f"explorer.set({{branch: {other}}})")
+    lines = {c["title"]: c for c in page.value("explorer.commands()")}
     assert len(lines) == 6
     shown = {}
     for title, c in lines.items():
