@@ -302,7 +302,9 @@ async function fromHash() {
     else branchOff(`From a link: ${state.messages.at(-1)?.content ?? joined(state.given).slice(0, 100)}`, null);
     drawLeft();
     look(words);
-    if (isChanged() && !state.written[1]?.length) await write([1]);
+    // left before its first token was there
+    const open = allViews().filter(view => !state.written[view]?.length);
+    if (open.length) await write(open);
   } catch (error) { fail(error); }
 }
 
@@ -419,6 +421,7 @@ async function cut(label, n, more = []) {
   const text = textOf(state.view), given = [...text.slice(0, n), ...more], turn = ++place;
   const inAnswer = state.mode === "chat" && n >= state.begun, kept = inAnswer ? await keptOf(given) : "";
   if (turn !== place) return;
+  if (!inAnswer) $("form").elements.mode.value = "plain";
   await begin(label, {given, kept, ...(inAnswer ? {} : {mode: "plain", messages: [], begun: 0, kept: ""})}, here);
 }
 // what of an answer is given

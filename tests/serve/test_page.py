@@ -570,3 +570,17 @@ def test_a_server_that_is_gone_is_said(chrome: Page, model: Model) -> None:
     page.value("$('prompt').value = 'x'; send()")
     page.wait_for("$('error').textContent.startsWith('the server does not answer')")
     assert page.errors == [] and page.value("$('stop').hidden")
+
+
+def test_a_text_that_was_left_early_is_written(page: Page, model: Model) -> None:
+    """With a change: not the changed text alone."""
+    _write(page)
+    hash = re.sub("&text=[^&]*", "&text=", page.value("location.hash"))
+    changes = '{"heads":["1.2"]}'
+    page.value(
+        f"location.hash = {json.dumps(hash)} + '&changes=' + encodeURIComponent('{changes}')"
+    )
+    page.wait_for("state.written.every(w => w?.length) && !running.some(Boolean)")
+    _settled(page)
+    assert _ids(page, 0)[: N - 1] == model.generate(_prompt(model), N).tokens[: N - 1]
+    assert page.value("state.changes.heads") == ["1.2"]
