@@ -1,4 +1,4 @@
-"""What /mia/… answers: one look at a prompt each, in the thread that has the model."""
+"""What /mia/… answers: one look at a prompt each, in a thread beside that which has the model."""
 
 from __future__ import annotations
 
