@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import chromium
 import one_core  # noqa: F401  (before numpy)
 import pytest
 from tiny import CASES, MIXTURES, Tiny
@@ -28,6 +29,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):  # a process of pytest-xdist
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module")
+def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Page]:
+    """A tab of a browser without a window."""
+    if chromium.PROGRAM is None:
+        pytest.skip("there is no chromium here (Debian: apt-get install chromium)")
+    with chromium.browser(tmp_path_factory.mktemp("profile")) as tab:
+        yield tab
 
 
 @pytest.fixture(scope="session", autouse=True)

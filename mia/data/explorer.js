@@ -493,7 +493,7 @@ function lensSection(explorer) {
     legend("s", "0", "1", " probability of the token that a layer would say next. Above a column stands the token that it has read last, below it the one that follows in the text."),
     grid, cellSaid, actions, make("div", {class: "side"}, follow))));
   const said = (layer, i) => source.lens(layer, i)?.map(({id, prob}) => `${percent(prob)}  ${quoted(source.piece(id).label)}`) ?? ["being read …"];
-  const table = explorer.lensTable = new Matrix(grid, {
+  const table = new Matrix(grid, {
     kind: "lens", label: "What each layer would say after each token", corner: "token →\nlayer ↓", rows: explorer.layers,
     columns: tokens.map((t, i) => ({label: t.label, full: explorer.name(i)})),
     foot: {corner: "next", labels: [...tokens.slice(1).map(t => t.label), ""]},
@@ -620,7 +620,7 @@ function partsOf(explorer, host) {
     kind: "map", label: "What each layer adds to the logit", corner: "layer ↓", rows: explorer.layers,
     columns: ["attention", "MLP"].map(label => ({label, full: label})), enter: enter(() => layers),
   });
-  const heads = explorer.partHeads = new Matrix(right, {
+  const heads = new Matrix(right, {
     kind: "heads", label: "What each head adds to the logit", corner: "head →\nlayer ↓", rows: explorer.layers, columns: explorer.heads,
     choose: (i, k) => explorer.set({layer: explorer.fromTop(i), head: k}), enter: enter(() => heads),
   });

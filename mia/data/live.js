@@ -650,13 +650,14 @@ async function loadVectors() {
   vectors = (await get("/mia/vectors")).vectors.filter(v => v.width === MODEL.n_embd || v.width === undefined);
   drawChanges();
 }
+const EMPTY = [...$("explorer").childNodes];  // what to do here
 function clear() {
   ++place;
   stop([0, 1], true);
   source?.close();
   Object.assign(state, {messages: [], given: [], written: [[], null], said: ["", ""], view: 0, begun: 0, kept: ""});
   explorer = source = here = null;
-  $("explorer").replaceChildren(section("look", "Look inside", make("p", {}, "Write a text. For each of its tokens, those of the prompt and those that the model writes, this side shows what each layer would say, what else the token could have been, where the heads look, and what made it.")));
+  $("explorer").replaceChildren(...EMPTY);
   $("explorer").removeAttribute("aria-busy");
   $("error").textContent = "";
   say("");

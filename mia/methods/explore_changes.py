@@ -81,7 +81,7 @@ def said_of(changes: Changes | None, model: Model, prompt: Sequence[int]) -> Sai
         words.append(f"attention {text} blocked")
     options += [(0, [f"{_option('steer')}={vector}"]) for vector in changes.steer]
     if changes.steer_coeff is not None:
-        options.append((0, [_option("steer_coeff"), f"{changes.steer_coeff:g}"]))
+        options.append((0, [_option("steer_coeff"), str(changes.steer_coeff)]))
     if changes.steer_layers is not None:
         options.append((0, [_option("steer_layers"), as_text(changes.steer_layers)]))
     words += [_steered(changes, vector) for vector in changes.steer]

@@ -14,6 +14,7 @@ import numpy as np
 
 from mia.arrays import Array, Floats, IntArray
 from mia.edits import Edit
+from mia.engine.generation import best_tokens
 from mia.errors import ModelError
 from mia.lenses.followed import Followed, follow
 from mia.measure.losses import log_probs, log_softmax
@@ -99,7 +100,7 @@ class BestAfter(RowMetric):
 
     def row(self, i: int, logits: Array) -> _After:
         own, rank = np.nan, 0
-        best = _best(logits, min(self._k, len(logits)))
+        best = np.array(best_tokens(logits, self._k))
         logprobs = log_softmax(logits[None])[0]
         token = self._following[i]
         if token is not None:
@@ -120,12 +121,6 @@ class LossAfter(RowMetric):
 
     def row(self, i: int, logits: Array) -> float:
         return -float(log_probs(logits[None], self._following[i : i + 1])[0])
-
-
-def _best(logits: Array, k: int) -> IntArray:
-    """The k largest, the largest first; of equal ones the smaller index."""
-    ids = np.argpartition(-logits, k - 1)[:k]
-    return ids[np.lexsort((ids, -logits[ids]))]
 
 
 def columns_request(

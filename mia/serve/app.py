@@ -23,7 +23,7 @@ from mia.serve.changes import Changer
 from mia.serve.completions import Answers, Body, parse, plan
 from mia.serve.exploring import explore, page
 from mia.serve.fields import Fields, Refused, error_document, parse_json
-from mia.serve.guard import Guard, JsonResponse, refusal
+from mia.serve.guard import SAFE, Guard, JsonResponse, refusal
 from mia.serve.limits import Limits
 from mia.serve.scheduler import Completion, Part, Scheduler
 from mia.serve.store import Vectors
@@ -38,11 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 #: of a page that is kept as a file
-_FILE = {
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-    "Content-Disposition": 'attachment; filename="explore.html"',
-}
+_FILE = {**SAFE, "Content-Disposition": 'attachment; filename="explore.html"'}
 
 
 class Events(Response):
@@ -52,9 +48,7 @@ class Events(Response):
 
     def __init__(self, events: AsyncIterator[str], close: Callable[[], None]):
         """`close` is called when the client has all, or has left: perhaps before the first event."""
-        super().__init__(
-            b"", 200, {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-        )
+        super().__init__(b"", 200, SAFE)
         del self.headers["content-length"]
         self._events, self._close = events, close
 
@@ -150,8 +144,7 @@ class Server:
     async def _page(self, request: Request) -> Response:
         """The page says nothing of the model: its script asks, with the key."""
         headers = {
-            "X-Content-Type-Options": "nosniff",
-            "Cache-Control": "no-store",
+            **SAFE,
             "Content-Security-Policy": "frame-ancestors 'none'",
             "Referrer-Policy": "no-referrer",
         }
@@ -273,11 +266,7 @@ class Server:
             looking = beside(lambda: look(desk, Fields(parse_json(data))))
             result = await unless_gone(request.receive, looking)
             if isinstance(result, bytes):
-                return Response(
-                    result,
-                    headers={"X-Content-Type-Options": "nosniff"},
-                    media_type="application/octet-stream",
-                )
+                return Response(result, headers=SAFE, media_type="application/octet-stream")
             if isinstance(result, str):
                 return Response(result, headers=_FILE, media_type="text/html")
             return JsonResponse(result)

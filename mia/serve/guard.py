@@ -24,14 +24,16 @@ from mia.serve.fields import Refused, error_document
 from mia.serve.limits import Limits
 from mia.serve.workers import Gone
 
+#: of every answer: read as nothing else by a browser, and not remembered
+SAFE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+
 
 class JsonResponse(Response):
-    """A JSON document, read as nothing else by any browser."""
+    """A JSON document."""
 
     def __init__(self, document: Any, status: int = 200, headers: dict[str, str] | None = None):
         data = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
-        more = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-        super().__init__(data, status, {**more, **(headers or {})}, "application/json")
+        super().__init__(data, status, {**SAFE, **(headers or {})}, "application/json")
 
 
 def refusal(err: Exception) -> JsonResponse:

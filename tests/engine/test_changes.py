@@ -10,7 +10,6 @@ import pytest
 from tiny import Tiny, logits
 
 from mia.edits import Edit
-from mia.engine.visits import Visits
 from mia.errors import RangeError, UsageError
 from mia.llama import tracer, watch
 from mia.request import Capture, Request, Result, Sampling
@@ -20,20 +19,6 @@ compiled = pytest.mark.skipif(
     watch.native_watch() is None or "MIA_TEST_RPC" in os.environ,
     reason="no compiled code, or memory that it cannot reach",
 )
-
-
-@pytest.fixture
-def visited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The nodes at which Python was called."""
-    nodes: list[int] = []
-    plain = Visits.visit
-
-    def visit(self: Visits, index: int, addr: int) -> None:
-        nodes.append(index)
-        plain(self, index, addr)
-
-    monkeypatch.setattr(Visits, "visit", visit)
-    return nodes
 
 
 def _edits(t: Tiny) -> list[list[Edit]]:

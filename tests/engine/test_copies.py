@@ -9,26 +9,11 @@ from tiny import Tiny
 
 from mia.edits import Edit
 from mia.engine import limits
-from mia.engine.visits import Visits
 from mia.llama import tracer, watch
 from mia.request import Capture, Request, Result
 
 SITES = ["resid_post", "resid_mid", "attn_out", "head_out", "q", "k", "v", "mlp_norm", "mlp_out"]
 compiled = pytest.mark.skipif(watch.native_watch() is None, reason="no compiled code")
-
-
-@pytest.fixture
-def visited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The nodes at which Python was called."""
-    nodes: list[int] = []
-    plain = Visits.visit
-
-    def visit(self: Visits, index: int, addr: int) -> None:
-        nodes.append(index)
-        plain(self, index, addr)
-
-    monkeypatch.setattr(Visits, "visit", visit)
-    return nodes
 
 
 def _requests(t: Tiny) -> list[Request]:

@@ -416,6 +416,8 @@ def test_changes_are_said(llama: Tiny) -> None:
         (8, ["--patch", "l_out-1", "x.safetensors", "-1", "7,2"])
     ]
     assert said_of(None, m, prompt).options is None
+    exact = said_of(Changes(steer="v.gguf", steer_coeff=0.12345678), m, prompt).options
+    assert exact is not None and (0, ["--steer-coeff", "0.12345678"]) in exact
 
 
 def test_a_report_of_two_texts(llama: Tiny) -> None:

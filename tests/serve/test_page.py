@@ -7,11 +7,10 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import chromium
 import numpy as np
 import pytest
 from chromium import Page
@@ -25,14 +24,6 @@ from mia.model import Model
 
 PROMPT = "The cat sat on the mat"
 N = 6
-
-
-@pytest.fixture(scope="module")
-def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    if chromium.PROGRAM is None:
-        pytest.skip("there is no chromium here (Debian: apt-get install chromium)")
-    with chromium.browser(tmp_path_factory.mktemp("profile")) as tab:
-        yield tab
 
 
 @pytest.fixture

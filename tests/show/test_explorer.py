@@ -4,12 +4,11 @@ keyboard, its address restores it, and no token's text can put a script into it.
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import chromium
 import numpy as np
 import pytest
 from chromium import Page
@@ -34,14 +33,6 @@ EVIL = [
 def report(tiny: Callable[[str], Tiny]) -> Explored:
     m = tiny("llama").model
     return explore(m, m.ids("The cat sat on the mat", bos=True), n_predict=6, k=4, branches=2)
-
-
-@pytest.fixture(scope="module")
-def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    if chromium.PROGRAM is None:
-        pytest.skip("there is no chromium here (Debian: apt-get install chromium)")
-    with chromium.browser(tmp_path_factory.mktemp("profile")) as tab:
-        yield tab
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,8 @@
 into which no text can put a script."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import chromium
 import numpy as np
 import pytest
 from chromium import Page
@@ -114,14 +112,6 @@ def _every_part(text: str) -> list[Part]:
         ),
         BarList(title=text, bars=[Bar(label=text, value=1, command=text)], unit=text, note=text),
     ]
-
-
-@pytest.fixture(scope="module")
-def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    if chromium.PROGRAM is None:
-        pytest.skip("there is no chromium here (Debian: apt-get install chromium)")
-    with chromium.browser(tmp_path_factory.mktemp("profile")) as tab:
-        yield tab
 
 
 @pytest.fixture
